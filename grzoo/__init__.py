@@ -1,0 +1,31 @@
+"""grzoo: generative recommenders over dynamic embedding tables, trained through DeepSpeed."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("grzoo")
+
+_PUBLIC_NAMES = {
+    "AutoModelForRetrieval": "grzoo.models",
+    "DynamicEmbeddingCollection": "grzoo.embeddings",
+    "FeatureConfig": "grzoo.embeddings",
+    "GenRecProcessor": "grzoo.data",
+    "HSTUConfig": "grzoo.models",
+    "HSTUForRetrieval": "grzoo.models",
+    "HSTUModel": "grzoo.models",
+    "TableConfig": "grzoo.embeddings",
+    "initialize": "grzoo.embeddings.engine",
+}
+
+__all__ = ["__version__", *_PUBLIC_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC_NAMES:
+        return getattr(import_module(_PUBLIC_NAMES[name]), name)
+    raise AttributeError(f"module 'grzoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
