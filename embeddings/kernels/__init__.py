@@ -1,0 +1,50 @@
+"""Backends of dynamic tables: `naive` (plain PyTorch, the ground truth) and `host` (C++), chosen by `get_backend`."""
+
+import functools
+import importlib
+import importlib.util
+import logging
+
+from .base import STEP_SLOT, Backend, BackendUnavailable, RowInit, Slot, TableStorage, Unique
+
+__all__ = [
+    "BACKENDS", "STEP_SLOT", "Backend", "BackendUnavailable", "RowInit", "Slot", "TableStorage", "Unique", "get_backend",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = {"host": "grzoo.embeddings.kernels.host", "naive": "grzoo.embeddings.kernels.naive"}  # "auto": first that runs
+
+
+def get_backend(name: str = "auto") -> Backend:
+    """Return the backend called `name`; "auto" is the fastest one that runs here, named once in the log.
+
+    Raises ValueError for an unknown name and BackendUnavailable when a backend that was asked for cannot run.
+    """
+    if name == "auto":
+        return _choose()
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: use 'auto' or one of {sorted(BACKENDS)}")
+    return _load(name)
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    """Import the module of a backend and call its `load()`, which returns the Backend or raises BackendUnavailable."""
+    if importlib.util.find_spec(BACKENDS[name]) is None:
+        raise BackendUnavailable(f"this installation has no backend {name!r}")
+    backend: Backend = importlib.import_module(BACKENDS[name]).load()
+    return backend
+
+
+@functools.cache
+def _choose() -> Backend:
+    for name in BACKENDS:
+        try:
+            backend = _load(name)
+        except BackendUnavailable as reason:
+            logger.info("embedding tables: backend %r is not available: %s", name, reason)
+        else:
+            logger.info("embedding tables: using backend %r", name)
+            return backend
+    raise AssertionError("the naive backend is always available")

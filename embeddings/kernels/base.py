@@ -1,0 +1,140 @@
+"""What a backend of dynamic tables must offer: one storage per physical table and three free functions.
+
+A *physical table* holds the rows of one or more *logical tables* of equal width. A row belongs to the pair
+(logical index inside the physical table, 64-bit id): every int64 is a valid id, none is reserved. Its *handle* is an
+int64 >= 0 that stays the same for the life of the row; -1 stands for "absent".
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+STEP_SLOT = "step"  # int32 [n, 1], always present: how many updates the row has had
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend cannot run here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Optimizer state of a row: float32 [width], `fill` in a row that is new. `width` is the table's dim or 1."""
+
+    name: str
+    width: int
+    fill: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class RowInit:
+    """Initial values of one logical table, reduced to what a kernel needs.
+
+    With base = fold(fold(0-chain of (seed, init_key)) = `key`, id) and bits = fold(base, column) (see `keyed.py`):
+
+        uniform:  float32(scale * 2^-23) * float32((bits >>> 40) - 2^23)        in [-scale, scale)
+        quantile: float32(scale) * quantiles[bits >>> 48]                       normal laws, by a 65,536-entry table
+        constant: float32(scale)
+
+    Each is one float32 multiplication, so that all backends agree bit for bit.
+    """
+
+    kind: str
+    key: int  # keyed(seed, string_key(init_key)), as a signed int64
+    scale: float
+    quantiles: Tensor | None = None  # float32 [65536], for kind == "quantile"
+
+
+class Unique(NamedTuple):
+    """The distinct (table, id) pairs of a list in the order of their first occurrence."""
+
+    ids: Tensor  # int64 [u]
+    tables: Tensor | None  # int32 [u]; None when no tables were given
+    inverse: Tensor  # int64 [n]: pair i of the input is the distinct pair inverse[i]
+    counts: Tensor  # int64 [u]: occurrences
+
+
+@runtime_checkable
+class TableStorage(Protocol):
+    """Index, rows and optimizer state of one physical table.
+
+    Arguments named `tables` are int32 [n] (logical index), `ids` int64 [n], `handles` int64 [n], all contiguous and on
+    the storage's device; n may be 0 everywhere. After `close` every method raises RuntimeError.
+    """
+
+    @property
+    def dim(self) -> int:
+        """Width of a row."""
+
+    def set_slots(self, slots: Sequence[Slot]) -> None:
+        """Set the layout of the optimizer state (without the step slot, which is always there).
+
+        Before or after insertion. A slot that keeps its name and width keeps its values, a new one gets its fill value in
+        every existing row, one that is no longer named is dropped.
+        """
+
+    def find(self, tables: Tensor, ids: Tensor) -> Tensor:
+        """Return the handles int64 [n]; -1 where the pair is absent. Never changes the table. Pairs may repeat."""
+
+    def find_or_insert(self, tables: Tensor, ids: Tensor) -> tuple[Tensor, int]:
+        """Return the handles int64 [n] and how many rows were inserted. Pairs must be distinct within the call.
+
+        A new row holds its initial value, the fill value in every slot, and step 0. Growing never moves a handle.
+        """
+
+    def gather(self, handles: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return rows float32 [n, dim] (written to `out` when given); zeros where the handle is -1. Handles may repeat."""
+
+    def gather_slot(self, name: str, handles: Tensor) -> Tensor:
+        """Return [n, width] of a slot: float32, or int32 [n, 1] for "step". Handles are valid."""
+
+    def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
+        """Overwrite rows (float32 [n, dim], None = leave) and the named slots. Handles are valid and distinct."""
+
+    def erase(self, tables: Tensor, ids: Tensor) -> int:
+        """Delete rows with their state and return how many there were. Absent pairs are ignored.
+
+        A pair that is inserted again starts afresh: initial value, fill values, step 0.
+        """
+
+    def update(self, rule: str, handles: Tensor, grads: Tensor, **hyper: float) -> None:
+        """Apply one optimizer step to rows, in place.
+
+        `rule` is one of RULES, with the formulas, slots and hyperparameters of `kernels/rules.py`; `grads` is float32
+        [n, dim]; handles are valid and distinct. The step slot of each row is increased by one first.
+        """
+
+    def keys(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tables int32 [n], ids int64 [n] and handles int64 [n] of all rows, in no particular order."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def memory_bytes(self) -> int:
+        """Bytes that are allocated for index, rows and state."""
+
+    def close(self) -> None:
+        """Free everything. Closing twice is allowed."""
+
+
+class Backend(Protocol):
+    """A way to run tables: `get_backend(name)` returns one."""
+
+    @property
+    def name(self) -> str:
+        """"naive", "host", ..."""
+
+    def create(self, dim: int, inits: Sequence[RowInit]) -> TableStorage:
+        """Return an empty storage of float32 rows [dim]; `inits[t]` is the initial law of logical table t."""
+
+    def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
+        """Return the distinct ids int64 (or pairs, when `tables` int32 is given) in first-seen order."""
+
+    def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
+        """Return s float32 [num_segments, dim], s[j] = sum of values[i] (float32 [n, dim]) over index[i] == j (int64 [n]).
+
+        Deterministic: summed one after the other in the order of i, whatever the number of threads. With `out`, the
+        sums are added to it in place (starting from what it holds) and it is returned.
+        """

@@ -1,0 +1,68 @@
+// The plain C interface of the host backend. Pointers are to contiguous memory of the caller; a call returns 0, or a
+// status below after which grzoo_error() holds the message of this thread. Nothing is changed by a call that fails.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { GRZOO_OK = 0, GRZOO_INVALID = 1, GRZOO_MEMORY = 2, GRZOO_INTERNAL = 3 };
+enum { GRZOO_ZEROS = 0, GRZOO_CONSTANT = 1, GRZOO_UNIFORM = 2, GRZOO_QUANTILES = 3 };
+enum { GRZOO_SGD = 0, GRZOO_ADAGRAD = 1, GRZOO_ROWWISE_ADAGRAD = 2, GRZOO_ADAM = 3, GRZOO_ADAMW = 4 };
+enum { GRZOO_QUANTILE_COUNT = 65536, GRZOO_MAX_RULE_SLOTS = 2 };
+
+typedef struct GrzooStorage GrzooStorage;
+
+typedef struct GrzooHyper {
+    float lr, momentum, beta1, beta2, eps, weight_decay;
+    int32_t global_step;   // > 0: bias correction of this step for all rows; 0: of each row's own step
+} GrzooHyper;
+
+const char* grzoo_error(void);
+const char* grzoo_isa(void);                       // "avx512", "avx2" or "baseline": what the kernels run with
+int grzoo_set_isa(const char* name);               // for tests; GRZOO_INVALID where the processor lacks it
+void grzoo_set_memory_limit(int64_t bytes);        // on what the storages of this process map; 0: the machine's memory alone
+int64_t grzoo_mapped_bytes(void);
+
+int grzoo_unique(const int64_t* ids, int64_t n, int64_t* unique, int64_t* inverse, int64_t* counts, int64_t* num_unique,
+                 int threads);
+int grzoo_segment_sum(const float* values, const int64_t* index, int64_t n, int64_t dim, int64_t segments, float* out,
+                      int threads);
+int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out,
+                    int threads);
+
+int grzoo_storage_new(int64_t dim, GrzooStorage** out);
+void grzoo_storage_free(GrzooStorage* storage);
+// values: one float for GRZOO_CONSTANT and GRZOO_UNIFORM (scale * 2^-23) and GRZOO_QUANTILES (the factor of the table);
+// quantiles: 65,536 floats that outlive the storage, or null; key: fold of (seed, name of the table)
+int grzoo_storage_initializer(GrzooStorage* storage, int32_t table, int kind, uint64_t key, float value,
+                              const float* quantiles);
+int grzoo_storage_set_slots(GrzooStorage* storage, int64_t count, const int64_t* widths, const float* fills,
+                            const int64_t* previous);
+int grzoo_storage_find(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles,
+                       int threads);
+int grzoo_storage_find_or_insert(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n,
+                                 int64_t* handles, int64_t* inserted, int threads);
+int grzoo_storage_gather(GrzooStorage* storage, const int64_t* handles, int64_t n, float* out, int threads);
+int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out,
+                              int threads);
+int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows, int threads);
+int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n,
+                               const float* values, int threads);
+int grzoo_storage_gather_step(GrzooStorage* storage, const int64_t* handles, int64_t n, int32_t* out);
+int grzoo_storage_scatter_step(GrzooStorage* storage, const int64_t* handles, int64_t n, const int32_t* steps);
+int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* erased);
+int grzoo_storage_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t n,
+                         const float* grads, const GrzooHyper* hyper, int threads);
+// grads [n, dim] of occurrences, index [n] into handles [rows]: the sum of each row's gradients is never stored
+int grzoo_storage_sum_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles,
+                             int64_t rows, const float* grads, const int64_t* index, int64_t n,
+                             const GrzooHyper* hyper, int threads);
+int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int64_t* handles);
+int64_t grzoo_storage_size(GrzooStorage* storage);
+int64_t grzoo_storage_bytes(GrzooStorage* storage);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,67 @@
+"""The optimizer rules on gathered rows, in plain PyTorch: the definition that every backend must reproduce.
+
+All tensors float32: rows p, grads g and wide slots [n, dim], narrow slots [n, 1]. t is the row's own step after this
+update (int64 [n, 1]), or the hyperparameter `step` for all rows when step > 0 (one global clock). Everything is lazy: rows
+without a gradient in a step see neither decay nor momentum. `weight_decay` = 0 and `momentum` = 0 switch them off.
+
+    rule             slots (width)                          hyperparameters
+    sgd              momentum_buffer (dim), if momentum>0   lr, momentum, weight_decay
+    adagrad          sum (dim)                              lr, eps
+    rowwise_adagrad  sum (1)                                lr, eps
+    adam, adamw      exp_avg (dim), exp_avg_sq (dim)        lr, beta1, beta2, eps, weight_decay, step
+"""
+
+from collections.abc import Callable, MutableMapping
+
+import torch
+from torch import Tensor
+
+Slots = MutableMapping[str, Tensor]
+
+
+def sgd(p: Tensor, g: Tensor, slots: Slots, t: Tensor, *, lr: float, momentum: float, weight_decay: float) -> None:
+    """g += wd p; b = momentum b + g; p -= lr b (torch.optim.SGD without dampening)."""
+    if weight_decay:
+        g = g + weight_decay * p
+    if momentum:
+        g = slots["momentum_buffer"].mul_(momentum).add_(g)
+    p.sub_(lr * g)
+
+
+def adagrad(p: Tensor, g: Tensor, slots: Slots, t: Tensor, *, lr: float, eps: float) -> None:
+    """G += g^2; p -= lr g / (sqrt(G) + eps)."""
+    total = slots["sum"].add_(g * g)
+    p.sub_(lr * g / (total.sqrt() + eps))
+
+
+def rowwise_adagrad(p: Tensor, g: Tensor, slots: Slots, t: Tensor, *, lr: float, eps: float) -> None:
+    """G += mean over the row of g^2 (taken in float64, so that its order does not show); p -= lr g / (sqrt(G) + eps)."""
+    total = slots["sum"].add_(g.double().square().mean(dim=1, keepdim=True).float())
+    p.sub_(lr * g / (total.sqrt() + eps))
+
+
+def adam(
+    p: Tensor, g: Tensor, slots: Slots, t: Tensor,
+    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: float,
+) -> None:  # fmt: skip
+    """g += wd p; m += (1-b1)(g-m); v = b2 v + (1-b2) g^2; p -= lr/(1-b1^t) m / (sqrt(v)/sqrt(1-b2^t) + eps)."""
+    if weight_decay:
+        g = g + weight_decay * p
+    clock = torch.full_like(t, step, dtype=torch.float64) if step > 0 else t.double()
+    step_size = (lr / (1 - beta1**clock)).float()  # [n, 1]
+    root_correction = (1 - beta2**clock).sqrt().float()
+    m = slots["exp_avg"].lerp_(g, 1 - beta1)
+    v = slots["exp_avg_sq"].mul_(beta2).add_((1 - beta2) * g * g)
+    p.sub_(step_size * m / (v.sqrt() / root_correction + eps))
+
+
+def adamw(p: Tensor, g: Tensor, slots: Slots, t: Tensor, *, lr: float, weight_decay: float, **hyper: float) -> None:
+    """p *= 1 - lr wd (only when the row is touched), then Adam without decay."""
+    if weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    adam(p, g, slots, t, lr=lr, weight_decay=0.0, **hyper)
+
+
+APPLY: dict[str, Callable[..., None]] = {
+    "sgd": sgd, "adagrad": adagrad, "rowwise_adagrad": rowwise_adagrad, "adam": adam, "adamw": adamw,
+}  # fmt: skip
