@@ -8,12 +8,21 @@ import logging
 from .base import STEP_SLOT, Backend, BackendUnavailable, RowInit, Slot, TableStorage, Unique
 
 __all__ = [
-    "BACKENDS", "STEP_SLOT", "Backend", "BackendUnavailable", "RowInit", "Slot", "TableStorage", "Unique", "get_backend",
-]  # fmt: skip
+    "BACKENDS",
+    "STEP_SLOT",
+    "Backend",
+    "BackendUnavailable",
+    "RowInit",
+    "Slot",
+    "TableStorage",
+    "Unique",
+    "get_backend",
+]
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"host": "grzoo.embeddings.kernels.host", "naive": "grzoo.embeddings.kernels.naive"}  # "auto": first that runs
+# Name -> module with a `load()`. "auto" takes the first that runs here.
+BACKENDS = {"host": "grzoo.embeddings.kernels.host", "naive": "grzoo.embeddings.kernels.naive"}
 
 
 def get_backend(name: str = "auto") -> Backend:
@@ -31,7 +40,8 @@ def get_backend(name: str = "auto") -> Backend:
 @functools.cache
 def _load(name: str) -> Backend:
     """Import the module of a backend and call its `load()`, which returns the Backend or raises BackendUnavailable."""
-    if importlib.util.find_spec(BACKENDS[name]) is None:
+    spec = importlib.util.find_spec(BACKENDS[name])
+    if spec is None or spec.origin is None:  # absent, or a bare folder
         raise BackendUnavailable(f"this installation has no backend {name!r}")
     backend: Backend = importlib.import_module(BACKENDS[name]).load()
     return backend

@@ -32,7 +32,7 @@ class Slot:
 class RowInit:
     """Initial values of one logical table, reduced to what a kernel needs.
 
-    With base = fold(fold(0-chain of (seed, init_key)) = `key`, id) and bits = fold(base, column) (see `keyed.py`):
+    With bits = fold(fold(key, id), column) (see `keyed.py`):
 
         uniform:  float32(scale * 2^-23) * float32((bits >>> 40) - 2^23)        in [-scale, scale)
         quantile: float32(scale) * quantiles[bits >>> 48]                       normal laws, by a 65,536-entry table
@@ -71,8 +71,8 @@ class TableStorage(Protocol):
     def set_slots(self, slots: Sequence[Slot]) -> None:
         """Set the layout of the optimizer state (without the step slot, which is always there).
 
-        Before or after insertion. A slot that keeps its name and width keeps its values, a new one gets its fill value in
-        every existing row, one that is no longer named is dropped.
+        Before or after insertion. A slot that keeps its name and width keeps its values, a new one gets its fill value
+        in every existing row, one that is no longer named is dropped.
         """
 
     def find(self, tables: Tensor, ids: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class TableStorage(Protocol):
         """
 
     def gather(self, handles: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return rows float32 [n, dim] (written to `out` when given); zeros where the handle is -1. Handles may repeat."""
+        """Return rows float32 [n, dim], in `out` when given; zeros where the handle is -1. Handles may repeat."""
 
     def gather_slot(self, name: str, handles: Tensor) -> Tensor:
         """Return [n, width] of a slot: float32, or int32 [n, 1] for "step". Handles are valid."""
@@ -124,7 +124,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """"naive", "host", ..."""
+        """The name that `get_backend` knows it by."""
 
     def create(self, dim: int, inits: Sequence[RowInit]) -> TableStorage:
         """Return an empty storage of float32 rows [dim]; `inits[t]` is the initial law of logical table t."""
@@ -133,7 +133,7 @@ class Backend(Protocol):
         """Return the distinct ids int64 (or pairs, when `tables` int32 is given) in first-seen order."""
 
     def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
-        """Return s float32 [num_segments, dim], s[j] = sum of values[i] (float32 [n, dim]) over index[i] == j (int64 [n]).
+        """Return s float32 [num_segments, dim]: s[j] sums values[i] (float32 [n, dim]) over index[i] == j (int64 [n]).
 
         Deterministic: summed one after the other in the order of i, whatever the number of threads. With `out`, the
         sums are added to it in place (starting from what it holds) and it is returned.

@@ -1,8 +1,8 @@
 """The optimizer rules on gathered rows, in plain PyTorch: the definition that every backend must reproduce.
 
 All tensors float32: rows p, grads g and wide slots [n, dim], narrow slots [n, 1]. t is the row's own step after this
-update (int64 [n, 1]), or the hyperparameter `step` for all rows when step > 0 (one global clock). Everything is lazy: rows
-without a gradient in a step see neither decay nor momentum. `weight_decay` = 0 and `momentum` = 0 switch them off.
+update (int64 [n, 1]), or the hyperparameter `step` for all rows when step > 0 (one global clock). Everything is lazy:
+rows without a gradient in a step see neither decay nor momentum. weight_decay = 0 and momentum = 0 switch them off.
 
     rule             slots (width)                          hyperparameters
     sgd              momentum_buffer (dim), if momentum>0   lr, momentum, weight_decay
@@ -35,7 +35,7 @@ def adagrad(p: Tensor, g: Tensor, slots: Slots, t: Tensor, *, lr: float, eps: fl
 
 
 def rowwise_adagrad(p: Tensor, g: Tensor, slots: Slots, t: Tensor, *, lr: float, eps: float) -> None:
-    """G += mean over the row of g^2 (taken in float64, so that its order does not show); p -= lr g / (sqrt(G) + eps)."""
+    """G += mean(g^2) over the row, in float64 so that its order does not show; p -= lr g / (sqrt(G) + eps)."""
     total = slots["sum"].add_(g.double().square().mean(dim=1, keepdim=True).float())
     p.sub_(lr * g / (total.sqrt() + eps))
 

@@ -1,0 +1,88 @@
+"""What a table and a feature are: JSON-only, strictly checked descriptions."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from .policies import check_initializer
+
+UNKNOWN_POLICIES = ("zeros", "initial")
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def _default_initializer() -> dict[str, Any]:
+    return {"kind": "truncated_normal", "std": 0.02}
+
+
+def _check_name(what: str, name: object) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{what} {name!r} must be a non-empty string of letters, digits, '_', '.' and '-'")
+
+
+class _JsonConfig:
+    """to_dict / from_dict of a dataclass whose fields are JSON values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from `to_dict()`. Raises ValueError for an unknown or a missing field."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{cls.__name__} has no field {unknown}: the fields are {sorted(known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__} from {dict(values)!r}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig(_JsonConfig):
+    """A logical table: 64-bit ids -> float32 rows.
+
+    Args:
+        name: names the table in checkpoints, learning rates and statistics.
+        embedding_dim: width of a row.
+        initializer: value of a row before its first update, a function of (seed, init_key, id, column) alone:
+            {"kind": "uniform", "scale": s} in [-s, s), {"kind": "normal", "std": s}, {"kind": "constant", "value": v},
+            {"kind": "truncated_normal", "std": s} (cut at two std).
+        unknown: what a lookup that does not insert returns for an id without a row: "zeros", or the "initial" value.
+        init_key: names the stream of initial values (default: the table's name, so that renaming needs it).
+
+    Raises ValueError for values out of range.
+    """
+
+    name: str
+    embedding_dim: int
+    initializer: dict[str, Any] = field(default_factory=_default_initializer)
+    unknown: str = "zeros"
+    init_key: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_name("table name", self.name)
+        dim = self.embedding_dim
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim <= 0:
+            raise ValueError(f"embedding_dim of table {self.name!r} must be a positive integer, got {dim!r}")
+        check_initializer(self.initializer)
+        if self.unknown not in UNKNOWN_POLICIES:
+            raise ValueError(f"unknown of table {self.name!r} must be one of {UNKNOWN_POLICIES}, got {self.unknown!r}")
+        if self.init_key is None:
+            object.__setattr__(self, "init_key", self.name)
+        elif not isinstance(self.init_key, str):
+            raise ValueError(f"init_key of table {self.name!r} must be a string, got {self.init_key!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig(_JsonConfig):
+    """A feature (a named tensor of ids in a batch) and the table it looks its ids up in. Features may share a table."""
+
+    name: str
+    table: str
+
+    def __post_init__(self) -> None:
+        _check_name("feature name", self.name)
+        _check_name(f"table of feature {self.name!r}", self.table)
