@@ -1,0 +1,52 @@
+"""From a log of events to balanced, jagged batches: dataset folder, sampler, collator, loader, processor."""
+
+from typing import TYPE_CHECKING, Any
+
+from .balancing import MicroBatchPlan, bin_costs, partition, plan_micro_batches, token_cost
+from .catalogue import Catalogue
+from .collator import EvalCollator, GenRecCollator, GlobalStep, MicroBatch
+from .dataset import EventDataset, JaggedRows
+from .loader import EvalLoader, StepLoader
+from .negatives import SharedNegatives, UniformNegatives
+from .sampler import GlobalBatchSampler, permute
+from .schema import DatasetSchema, FeatureSpec
+from .windows import EveryTarget, RecentFirst, Samples
+
+if TYPE_CHECKING:
+    from .processor import GenRecProcessor
+
+__all__ = [
+    "Catalogue",
+    "DatasetSchema",
+    "EvalCollator",
+    "EvalLoader",
+    "EventDataset",
+    "EveryTarget",
+    "FeatureSpec",
+    "GenRecCollator",
+    "GenRecProcessor",
+    "GlobalBatchSampler",
+    "GlobalStep",
+    "JaggedRows",
+    "MicroBatch",
+    "MicroBatchPlan",
+    "RecentFirst",
+    "Samples",
+    "SharedNegatives",
+    "StepLoader",
+    "UniformNegatives",
+    "bin_costs",
+    "partition",
+    "permute",
+    "plan_micro_batches",
+    "token_cost",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes a second to import, and training workers do not need it.
+    if name == "GenRecProcessor":
+        from .processor import GenRecProcessor
+
+        return GenRecProcessor
+    raise AttributeError(f"module 'grzoo.data' has no attribute {name!r}")

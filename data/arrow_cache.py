@@ -1,0 +1,210 @@
+"""The memory-mapped form of a split: its Parquet shards as one uncompressed Arrow file, keyed by their footers.
+
+Every buffer of the file lies in one mapping, so an event of a row has one index into a flat view of the mapping,
+whatever record batch holds it: a batch of random rows is one `numpy.take`, and all processes of a machine share the
+page cache.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from .jagged import Int64
+from .schema import DatasetSchema, FeatureSpec
+
+TARGET_COLUMN = "target_from"
+USER_COLUMN = "user_id"
+_FOOTER_BYTES = 1 << 16
+_LAYOUT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class CachedSplit:
+    """Views of one mapping: columns name -> flat view, starts name -> first event of every row in it (int64 [rows])."""
+
+    columns: dict[str, NDArray[Any]]
+    starts: dict[str, Int64]
+    lengths: NDArray[np.int32]
+    target_from: NDArray[np.int32]
+    owner: pa.Buffer
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The Parquet shards of a split, in order; FileNotFoundError naming the splits that exist."""
+    files = sorted((folder / "data").glob(f"{split}-*.parquet"))
+    if not files:
+        splits = sorted(
+            {path.name.rsplit("-of-", 1)[0].rsplit("-", 1)[0] for path in folder.glob("data/*-of-*.parquet")}
+        )
+        raise FileNotFoundError(f"{folder} has no split {split!r}; it has {', '.join(splits) or 'no data'}")
+    expected = int(files[0].stem.rsplit("-of-", 1)[-1])
+    if len(files) != expected:
+        raise FileNotFoundError(
+            f"{folder} has {len(files)} of {expected} shards of split {split!r}: copy the missing ones"
+        )
+    return files
+
+
+def read_user_ids(folder: str, split: str) -> pa.ChunkedArray:
+    """The column user_id of a split."""
+    return pa.concat_tables([pq.read_table(path, columns=[USER_COLUMN]) for path in split_files(Path(folder), split)])[
+        0
+    ]
+
+
+def open_cache(folder: Path, split: str, schema: DatasetSchema) -> CachedSplit:
+    """The split's views; builds the Arrow file on first use (one builder per machine, atomically)."""
+    files = split_files(folder, split)
+    name = f"{split}-{_content_key(files, schema)}.arrow"
+    for cache in _cache_folders(folder):
+        if (cache / name).is_file():
+            return _map(cache / name, schema)
+    cache = _writable_cache(folder)
+    with _lock(cache / f"{name}.lock"):
+        if not (cache / name).is_file():
+            _build(files, schema, cache / name)
+    return _map(cache / name, schema)
+
+
+def _content_key(files: list[Path], schema: DatasetSchema) -> str:
+    digest = xxhash.xxh3_128(f"{_LAYOUT_VERSION}{schema.features}".encode())
+    for path in files:
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _FOOTER_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _cache_folders(folder: Path) -> list[Path]:
+    home = os.environ.get("GRZOO_CACHE") or Path.home() / ".cache" / "grzoo"
+    return [folder / ".cache", Path(home)]
+
+
+def _writable_cache(folder: Path) -> Path:
+    for cache in _cache_folders(folder):
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(cache, os.W_OK):
+            return cache
+    raise ValueError(f"neither {folder} nor ~/.cache/grzoo can be written; set GRZOO_CACHE to a folder that can")
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One builder at a time where the file system has locks; elsewhere several build and the last rename wins."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
+def _build(files: list[Path], schema: DatasetSchema, target: Path) -> None:
+    """Stream the shards, row group by row group, into an Arrow file beside `target`, then rename it."""
+    temporary = target.with_name(f"{target.name}.tmp-{uuid4().hex[:8]}")
+    arrow_schema = _arrow_schema(schema)
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, arrow_schema) as writer:
+            for path in files:
+                for batch in _checked_batches(path, schema, arrow_schema):
+                    writer.write_batch(batch)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _arrow_schema(schema: DatasetSchema) -> pa.Schema:
+    fields = [pa.field(feature.name, pa.list_(_arrow_type(feature))) for feature in schema.features]
+    return pa.schema([*fields, pa.field(TARGET_COLUMN, pa.int32())])
+
+
+def _arrow_type(feature: FeatureSpec) -> pa.DataType:
+    # Arrow packs bool into bits; a byte per event keeps the flat view addressable.
+    return pa.int8() if feature.dtype == "bool" else pa.from_numpy_dtype(np.dtype(feature.dtype))
+
+
+def _checked_batches(path: Path, schema: DatasetSchema, arrow_schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable Parquet file ({error}); prepare the data again") from error
+    missing = [name for name in arrow_schema.names if name not in file.schema_arrow.names]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {missing} of schema.json; it has {file.schema_arrow.names}")
+    first_row = 0
+    for group in range(file.num_row_groups):
+        try:
+            table = file.read_row_group(group, columns=arrow_schema.names)
+            table = table.select(arrow_schema.names).cast(arrow_schema).combine_chunks()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, OSError) as error:
+            raise ValueError(f"{path}, row group {group}, does not fit schema.json: {error}") from error
+        for batch in table.to_batches():
+            _check_rows(batch, schema, path, first_row)
+            yield batch
+            first_row += batch.num_rows
+
+
+def _check_rows(batch: pa.RecordBatch, schema: DatasetSchema, path: Path, first_row: int) -> None:
+    lengths = batch.column(0).value_lengths().to_numpy(zero_copy_only=False)
+    for feature in schema.features:
+        column = batch.column(feature.name)
+        if column.null_count or column.values.null_count:
+            raise ValueError(f"{path}: column {feature.name!r} holds nulls; fill or drop those events")
+        uneven = np.flatnonzero(column.value_lengths().to_numpy(zero_copy_only=False) != lengths)
+        if len(uneven):
+            raise ValueError(f"{path}, row {first_row + uneven[0]}: {feature.name!r} and item_id have unequal lengths")
+    if (
+        schema.has_timestamps
+        and len(column := pc.list_flatten(batch.column("timestamp")))
+        and pc.min(column).as_py() < 0
+    ):
+        raise ValueError(f"{path}: negative timestamp {pc.min(column).as_py()}; timestamps are seconds since 1970")
+    targets = batch.column(TARGET_COLUMN).to_numpy(zero_copy_only=False)
+    if batch.column(TARGET_COLUMN).null_count or (targets < 0).any():
+        raise ValueError(f"{path}: target_from must be an index >= 0 in every row")
+
+
+def _map(path: Path, schema: DatasetSchema) -> CachedSplit:
+    whole = pa.memory_map(str(path), "r").read_buffer()
+    reader = pa.ipc.open_file(pa.BufferReader(whole))
+    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    columns: dict[str, NDArray[Any]] = {}
+    starts: dict[str, Int64] = {}
+    for feature in schema.features:
+        dtype = np.dtype("int8" if feature.dtype == "bool" else feature.dtype)
+        columns[feature.name] = np.frombuffer(whole, dtype=dtype, count=whole.size // dtype.itemsize)
+        starts[feature.name] = _starts(batches, feature.name, whole.address, dtype.itemsize)
+    lengths = [batch.column(0).value_lengths().to_numpy(zero_copy_only=False) for batch in batches]
+    targets = [batch.column(TARGET_COLUMN).to_numpy(zero_copy_only=False) for batch in batches]
+    empty = np.zeros(0, dtype=np.int32)
+    return CachedSplit(columns, starts, np.concatenate([empty, *lengths]), np.concatenate([empty, *targets]), whole)
+
+
+def _starts(batches: list[pa.RecordBatch], name: str, base: int, itemsize: int) -> Int64:
+    starts = [np.zeros(0, dtype=np.int64)]
+    for batch in batches:
+        column = batch.column(name)
+        values = column.values.buffers()[1]
+        first = 0 if values is None else (values.address - base) // itemsize
+        starts.append(first + column.offsets.to_numpy()[:-1].astype(np.int64))
+    return np.concatenate(starts)

@@ -1,0 +1,126 @@
+"""The order of an epoch: global batches from a position (seed, epoch, cursor), by a permutation computed on the fly."""
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .jagged import Int64
+from .keyed import SITE_ORDER, UInt64, as_words, fold, keyed
+
+_ROUNDS = 6
+
+
+def permute(positions: ArrayLike, size: int, key: int | UInt64) -> Int64:
+    """Where a keyed permutation of 0..size-1 sends `positions` (int [n], each below `size`); int64 [n].
+
+    A Feistel network over the next power of two, repeated on results that fall outside (cycle walking: Black and
+    Rogaway, Ciphers with arbitrary finite domains, 2002): the expected number of repeats is below one.
+    """
+    values = as_words(np.array(positions, dtype=np.int64))
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
+        raise ValueError(f"positions must lie in [0, {size}), got {values.min()} to {values.max()}")
+    bits = max(2, int(size - 1).bit_length())
+    keys = fold(key, np.arange(_ROUNDS))
+    values = _feistel(values, bits, keys)
+    outside = np.flatnonzero(values >= size)
+    while len(outside):
+        walked = _feistel(values[outside], bits, keys)
+        values[outside] = walked
+        outside = outside[walked >= size]
+    return values.view(np.int64)
+
+
+def _feistel(values: UInt64, bits: int, keys: UInt64) -> UInt64:
+    low_bits, high_bits = np.uint64(bits - bits // 2), np.uint64(bits // 2)
+    low_mask, high_mask = (np.uint64((1 << int(width)) - 1) for width in (low_bits, high_bits))
+    low, high = values & low_mask, values >> low_bits
+    for step in range(0, len(keys), 2):
+        high = high ^ (fold(keys[step], low) & high_mask)
+        low = low ^ (fold(keys[step + 1], high) & low_mask)
+    return (high << low_bits) | low
+
+
+class GlobalBatchSampler:
+    """Global batches of rows; a position is (seed, epoch, cursor = rows of the epoch already served).
+
+    rows: the number of rows, or anything with a length.  global_batch_size: rows (users) of a batch over all ranks.
+    shuffle: a new keyed permutation every epoch; False keeps the order of the rows.
+    drop_last: leave out the last, smaller batch of an epoch.
+
+    Batches depend on the position alone: any number of ranks and workers sees the same ones, and any of them can start
+    anywhere. Iterating serves the rest of the current epoch and moves the position.
+
+        sampler = GlobalBatchSampler(len(dataset), 128, seed=7)
+        rows = sampler.batch_at(epoch=0, cursor=256)
+    """
+
+    def __init__(
+        self, rows: int | Sized, global_batch_size: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = False
+    ) -> None:
+        self.num_rows = rows if isinstance(rows, int) else len(rows)
+        if self.num_rows < 1:
+            raise ValueError("there are no rows to sample from: the split is empty")
+        if global_batch_size < 1:
+            raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
+        if drop_last and self.num_rows < global_batch_size:
+            raise ValueError(
+                f"drop_last leaves no batch: {self.num_rows} rows are fewer than global_batch_size={global_batch_size}"
+            )
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.cursor = 0
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that an epoch serves: all, or whole batches only with `drop_last`."""
+        left_out = self.num_rows % self.global_batch_size if self.drop_last else 0
+        return self.num_rows - left_out
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-self.rows_per_epoch // self.global_batch_size)
+
+    def batch_at(self, epoch: int, cursor: int) -> Int64:
+        """The rows of the batch at (epoch, cursor), int64 [<= global_batch_size], none beyond the epoch's end."""
+        stop = min(cursor + self.global_batch_size, self.rows_per_epoch)
+        positions = np.arange(cursor, max(cursor, stop), dtype=np.int64)
+        if not self.shuffle:
+            return positions
+        return permute(positions, self.num_rows, keyed(self.seed, SITE_ORDER, epoch))
+
+    def next_position(self, epoch: int, cursor: int) -> tuple[int, int]:
+        """The position after the batch at (epoch, cursor); (epoch + 1, 0) after the last of an epoch."""
+        after = cursor + self.global_batch_size
+        return (epoch, after) if after < self.rows_per_epoch else (epoch + 1, 0)
+
+    def step_at(self, epoch: int, cursor: int) -> int:
+        """The number, from 0, of the optimizer step at (epoch, cursor)."""
+        return epoch * len(self) + -(-cursor // self.global_batch_size)
+
+    def positions(self, epoch: int, cursor: int = 0) -> list[tuple[int, int]]:
+        """The positions from (epoch, cursor) to the end of that epoch."""
+        return [(epoch, at) for at in range(cursor, self.rows_per_epoch, self.global_batch_size)]
+
+    def __iter__(self) -> Iterator[Int64]:
+        for epoch, cursor in self.positions(self.epoch, self.cursor):
+            self.epoch, self.cursor = self.next_position(epoch, cursor)
+            yield self.batch_at(epoch, cursor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position as JSON values; independent of the world size."""
+        return {"seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "num_rows": self.num_rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position; ValueError when it belongs to another seed or another number of rows."""
+        for name, own in (("seed", self.seed), ("num_rows", self.num_rows)):
+            if state[name] != own:
+                raise ValueError(
+                    f"the saved position has {name}={state[name]}, this sampler has {own}: the order would "
+                    f"differ; use the saved {name}"
+                )
+        self.epoch, self.cursor = int(state["epoch"]), int(state["cursor"])
