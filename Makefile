@@ -1,0 +1,42 @@
+# make demo | make test: each sets itself up. Needs Python 3.11+ and a C++ compiler.
+# Another interpreter: make PYTHON=python3.12 demo. An existing environment: make VENV=/path/to/venv demo.
+# Another build of torch: make TORCH="torch==2.13.0 --index-url URL" demo
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin
+DEMO ?= outputs/demo
+PORT ?= 29517
+
+export PATH := $(abspath $(RUN)):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-slow lint clean-demo
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11"; exit 1; }
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet $(TORCH)
+	$(RUN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) clean-demo
+	$(RUN)/deepspeed -q --master_port $(PORT) --num_accelerators 2 recipes/train.py --config recipes/configs/hstu_synthetic.yaml \
+	    --deepspeed_config ds_configs/zero1.json --output_dir $(DEMO) --use_cpu
+	$(RUN)/python recipes/recommend.py --model $(DEMO)/export --expect $(DEMO)/recommendations.json
+
+clean-demo:
+	rm -rf $(DEMO)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	$(RUN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/mypy

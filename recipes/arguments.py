@@ -1,0 +1,106 @@
+"""The settings of the recipes, under the names of transformers' TrainingArguments where it has them.
+
+Every field is a key of a recipe's YAML and a command-line flag. Hyperparameters of the model itself stand under
+`model:` in the YAML and as `--model.NAME VALUE` on the command line; its configuration class validates them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its line of `--help`."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CommonArguments:
+    """What every recipe that runs on ranks takes."""
+
+    config: str | None = option(None, "YAML file of settings, or a built-in one by name; the command line wins.")
+    seed: int = option(42, "The seed of everything random.")
+    use_cpu: bool = option(False, "Compute on the CPU although there is a GPU.")
+    local_rank: int = option(-1, "Given by launchers that do not set LOCAL_RANK.")
+
+
+@dataclass
+class DataArguments:
+    """Which log, and how much of each history."""
+
+    dataset: str = option("synthetic", "A log that prepare_data knows, by name.")
+    source: str | None = option(None, "Raw files of the log; default: $GRZOO_DATA/<dataset>, else the download.")
+    dataset_dir: str | None = option(None, "A dataset folder that is already prepared, or where to prepare it.")
+    validation: Literal["none", "last"] = option(
+        "none", "Leave-one-out: 'last' keeps the event before the test event for validation, 'none' trains on it."
+    )
+    max_length: int = option(200, "Events of a history that the model sees; older ones are cut off.")
+    dataloader_num_workers: int = option(0, "Processes that build batches; 0: in the training process.")
+
+
+@dataclass
+class EvaluationArguments:
+    """Full ranking over the whole catalogue."""
+
+    top_k: list[int] = field(
+        default_factory=lambda: [5, 10, 20, 50, 200], metadata={"help": "Cutoffs of HR@k and NDCG@k."}
+    )
+    exclude_seen: bool = option(True, "Leave the items of the user's history out of the ranking.")
+    eval_batch_size: int = option(256, "Users scored at a time, over all ranks.")
+
+
+@dataclass
+class OptimizerArguments:
+    """Dense parameters and embedding tables: two optimizers, one schedule."""
+
+    learning_rate: float = option(1e-3, "Peak learning rate of the dense parameters.")
+    weight_decay: float = option(0.0, "Decoupled weight decay of the dense parameters.")
+    adam_beta1: float = option(0.9, "AdamW's first moment, dense and sparse.")
+    adam_beta2: float = option(0.98, "AdamW's second moment, dense and sparse.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon, dense and sparse.")
+    max_grad_norm: float = option(0.0, "Clips dense and sparse gradients, each by its own norm; 0: off.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = option(
+        "constant", "Schedule of both learning rates."
+    )
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    sparse_optimizer: Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw"] = option(
+        "adamw", "Optimizer of the embedding tables."
+    )
+    sparse_learning_rate: float | None = option(None, "Peak learning rate of the tables; default: learning_rate.")
+    sparse_weight_decay: float = option(0.0, "Weight decay of the rows that a step touches (adamw, sgd).")
+
+
+@dataclass
+class StepArguments:
+    """What a step is made of."""
+
+    global_batch_size: int = option(128, "Users per optimizer step, over all ranks and micro-batches.")
+    max_tokens_per_device: int | None = option(None, "Events of one micro-batch at most; default: no limit.")
+    micro_batches: int | None = option(
+        None, "Micro-batches per step and rank; default: the fewest that keep within max_tokens_per_device."
+    )
+    negative_sampling: Literal["uniform", "shared"] = option(
+        "uniform", "Negatives: drawn per event over the catalogue, or shared by the global batch with logQ correction."
+    )
+    num_negatives: int = option(128, "Negatives per event (uniform) or per step (shared).")
+    bf16: bool = option(False, "Train the dense parameters in bfloat16 with float32 masters.")
+    backend: Literal["auto", "naive", "host"] = option("auto", "Kernels of the embedding tables.")
+
+
+@dataclass
+class TrainingArguments:
+    """How long, what is kept, what is written."""
+
+    output_dir: str | None = option(None, "Where metrics, checkpoints, the report and the export go.")
+    num_train_epochs: float = option(3.0, "Passes over the training users.")
+    max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.")
+    logging_steps: int = option(50, "Steps between two lines of training metrics.")
+    eval_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When to rank the evaluation users.")
+    eval_steps: int = option(1000, "Steps between two evaluations, for eval_strategy=steps.")
+    eval_epochs: int = option(1, "Epochs between two evaluations, for eval_strategy=epoch.")
+    save_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When to write checkpoint-N.")
+    save_steps: int = option(1000, "Steps between two checkpoints, for save_strategy=steps.")
+    save_total_limit: int = option(2, "Checkpoints that are kept; the oldest is deleted first.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'last' for the newest in output_dir.")
+    report_to: Literal["none", "tensorboard"] = option("none", "A tracker beside metrics.jsonl.")
+    deepspeed_config: str | None = option(None, "DeepSpeed JSON; default: ZeRO stage 1.")
+    disable_tqdm: bool = option(False, "No progress bar.")

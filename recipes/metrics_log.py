@@ -1,0 +1,70 @@
+"""metrics.jsonl: one JSON object a line, the single source of the report, the plots and the tracker."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .runtime import UserError
+
+
+class MetricsLog:
+    """Appends lines to `output_dir/metrics.jsonl`, on the main rank only.
+
+    Args:
+        output_dir: folder of the run; None (the other ranks): nothing is written.
+        report_to: "tensorboard" also writes event files into `output_dir/tensorboard`.
+        resume_step: lines of later steps are dropped first, as the steps are run again; None starts a new file.
+    """
+
+    def __init__(self, output_dir: Path | None, *, report_to: str = "none", resume_step: int | None = None) -> None:
+        self.path = None if output_dir is None else output_dir / "metrics.jsonl"
+        self._writer = None
+        if self.path is None:
+            return
+        kept = [line for line in read_metrics(self.path) if resume_step is not None and line["step"] <= resume_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if report_to == "tensorboard":
+            self._writer = _tensorboard(self.path.parent / "tensorboard")
+
+    def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
+        """Appends `values` under "step" and "epoch"; numbers that are not finite become null."""
+        if self.path is None:
+            return
+        line = {"step": step, "epoch": round(epoch, 4), **{key: _json_value(value) for key, value in values.items()}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for key, value in values.items():
+            if self._writer is not None and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flushes the tracker."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a metrics.jsonl; none when the file is missing."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue  # the run was killed while it wrote this line
+    return lines
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--report_to tensorboard needs the tensorboard package: pip install tensorboard") from error
+    return SummaryWriter(str(folder))

@@ -1,0 +1,141 @@
+"""YAML below, command line above: both become one list of tokens for one HfArgumentParser."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .runtime import UserError
+
+MODEL_PREFIX = "--model."
+_BUILT_IN = Path(__file__).with_name("configs")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(classes: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """Fills the dataclasses from `--config FILE` and the command line, which wins.
+
+    Args:
+        classes: argument dataclasses with disjoint field names.
+        argv: command line without the program's name.
+
+    Returns:
+        One instance of each class, and the hyperparameters of the model (`model:` in the YAML, `--model.NAME VALUE`).
+
+    Raises:
+        UserError: unknown or malformed settings, with the nearest known names.
+    """
+    parser = _Parser(classes, allow_abbrev=False)  # type: ignore[arg-type]
+    known = [f.name for cls in classes for f in dataclasses.fields(cls)]
+    flat, model = _split_model_flags(argv)
+    settings = _read_config(flat, classes)
+    model = {**settings.pop("model", {}), **model}
+    for key in settings:
+        if key not in known:
+            raise UserError(f"unknown key {key!r} in {_config_flag(flat)}{_near(key, known)}")
+    *values, rest = parser.parse_args_into_dataclasses(
+        _tokens(settings) + flat, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}{_near(rest[0].lstrip('-').split('=')[0], known, '--')}")
+    return values, model
+
+
+def build_config(config_class: type, settings: dict[str, Any]) -> Any:
+    """The model's configuration; an unknown hyperparameter is an error that names the nearest known ones."""
+    known = [f.name for f in dataclasses.fields(config_class)] + list(getattr(config_class, "attribute_map", {}))
+    for key in settings:
+        if key not in known:
+            raise UserError(f"unknown hyperparameter {key!r} of {config_class.__name__}{_near(key, known)}")
+    try:
+        return config_class(**settings)
+    except Exception as error:  # strict dataclasses wrap the validator's error in their own classes
+        raise UserError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
+
+
+def find_config(name: str) -> Path:
+    """The file `name`, or the recipe configuration of that name that comes with the package.
+
+    Raises:
+        UserError: neither exists.
+    """
+    built_in = {path.stem: path for path in sorted(_BUILT_IN.glob("*.yaml"))}
+    if name in built_in:
+        return built_in[name]
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"no file {name!r} for --config; built-in names: {', '.join(built_in)}")
+    return path
+
+
+def _read_config(argv: Sequence[str], classes: Sequence[type]) -> dict[str, Any]:
+    name = _config_flag(argv)
+    if name is None:
+        return {}
+    path = find_config(name)
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("model", {}), dict):
+        raise UserError(f"{path}: expected 'key: value' lines, and a mapping under 'model'")
+    settings["model"] = {key: _number(value) for key, value in settings.get("model", {}).items()}
+    return settings
+
+
+def _config_flag(argv: Sequence[str]) -> str | None:
+    for position, token in enumerate(argv):
+        if token == "--config" and position + 1 < len(argv):
+            return argv[position + 1]
+        if token.startswith("--config="):
+            return token.removeprefix("--config=")
+    return None
+
+
+def _split_model_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    flat: list[str] = []
+    model: dict[str, Any] = {}
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith(MODEL_PREFIX):
+            flat.append(token)
+            continue
+        name, equals, text = token.removeprefix(MODEL_PREFIX).partition("=")
+        value = text if equals else next(tokens, None)
+        if value is None:
+            raise UserError(f"{token} needs a value")
+        model[name] = _number(yaml.safe_load(value))
+    return flat, model
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 (no dot) as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _tokens(settings: dict[str, Any]) -> list[str]:
+    tokens: list[str] = []
+    for key, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        tokens += [f"--{key}", *map(str, values)]
+    return tokens
+
+
+def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(name.replace("-", "_"), list(known), n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(prefix + match for match in matches)}?" if matches else ""

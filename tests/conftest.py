@@ -1,0 +1,20 @@
+"""Settings that every test process needs before torch is imported, and the real data when it is there."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of public logs that $GRZOO_DATA names; tests on real data are skipped without it."""
+    folder = os.environ.get("GRZOO_DATA")
+    if not folder:
+        pytest.skip("set GRZOO_DATA to a folder with ml-1m, ml-100k, ... to run tests on real data")
+    return Path(folder)

@@ -1,0 +1,93 @@
+"""Law: the command line wins over the YAML, and nothing that is given is silently ignored."""
+
+from dataclasses import dataclass
+
+import pytest
+from grzoo.recipes.arguments import (
+    CommonArguments,
+    DataArguments,
+    EvaluationArguments,
+    OptimizerArguments,
+    StepArguments,
+    TrainingArguments,
+)
+from grzoo.recipes.parsing import build_config, find_config, parse
+from grzoo.recipes.runtime import UserError
+
+ALL = [CommonArguments, DataArguments, EvaluationArguments, OptimizerArguments, StepArguments, TrainingArguments]
+
+
+def parse_all(*argv):
+    values, model = parse(ALL, list(argv))
+    return {name: getattr(value, name) for value in values for name in vars(value)}, model
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_command_line_wins_over_yaml(yaml_file):
+    text = "learning_rate: 1e-2\nmax_length: 50\nbf16: true\ntop_k: [1, 3]\nmodel:\n  hidden_size: 8\n  dropout: 1e-1\n"
+    flags = ["--learning_rate", "1e-4", "--model.hidden_size=16", "--model.x", "y"]
+    settings, model = parse_all("--config", yaml_file(text), *flags)
+    assert settings["learning_rate"] == 1e-4
+    assert (settings["max_length"], settings["bf16"], settings["top_k"]) == (50, True, [1, 3])
+    assert model == {"hidden_size": 16, "dropout": 0.1, "x": "y"}
+
+
+def test_order_of_config_and_flags_does_not_matter(yaml_file):
+    config = yaml_file("max_length: 50\n")
+    assert parse_all("--max_length", "7", f"--config={config}")[0]["max_length"] == 7
+
+
+def test_null_in_yaml_means_the_default(yaml_file):
+    assert parse_all("--config", yaml_file("max_tokens_per_device: null\n"))[0]["max_tokens_per_device"] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "yaml", "parts"),
+    [
+        ([], "learning_rte: 1\n", ["'learning_rte'", "learning_rate"]),
+        (["--num_epochs", "3"], None, ["'--num_epochs'", "--num_train_epochs"]),
+        (["--num_train_epoch", "3"], None, ["--num_train_epoch", "--num_train_epochs"]),
+        (["--max_length", "many"], None, ["max_length", "many"]),
+        (["--eval_strategy", "hourly"], None, ["eval_strategy", "hourly"]),
+        (["--model.hidden_size"], None, ["--model.hidden_size needs a value"]),
+        ([], "just text\n", ["expected 'key: value' lines"]),
+        ([], "a: [1\n", ["is not YAML"]),
+        ([], "model: 3\n", ["under 'model'"]),
+        (["--config", "nowhere.yaml"], None, ["nowhere.yaml", "hstu_ml1m"]),
+    ],
+)
+def test_mistakes_are_named(yaml_file, argv, yaml, parts):
+    argv = argv + (["--config", yaml_file(yaml)] if yaml else [])
+    with pytest.raises(UserError) as error:
+        parse_all(*argv)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_unknown_hyperparameter_names_near_ones():
+    @dataclass
+    class Config:
+        hidden_size: int = 8
+
+    assert build_config(Config, {"hidden_size": 9}).hidden_size == 9
+    with pytest.raises(UserError, match="'hidden_sizes' of Config; did you mean hidden_size"):
+        build_config(Config, {"hidden_sizes": 9})
+
+
+@pytest.mark.parametrize("name", ["hstu_synthetic", "hstu_ml1m", "hstu_ml100k", "hstu_beauty", "hstu_sports"])
+def test_shipped_configurations_parse(name):
+    settings, model = parse_all("--config", str(find_config(name)))
+    assert model.pop("model_type") == "hstu"
+    from grzoo.models import HSTUConfig
+
+    build_config(HSTUConfig, model)
+    assert settings["dataset"] != "synthetic" or name == "hstu_synthetic"
