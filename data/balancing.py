@@ -103,7 +103,7 @@ def plan_micro_batches(
 
 def bin_costs(costs: ArrayLike, bins: Int64, num_bins: int) -> Float64:
     """Cost of every bin, float64 [num_bins]."""
-    loads: Float64 = np.bincount(bins, weights=np.asarray(costs, dtype=np.float64), minlength=num_bins)
+    loads = np.bincount(bins, weights=np.asarray(costs, dtype=np.float64), minlength=num_bins)
     return loads.astype(np.float64, copy=False)
 
 

@@ -1,7 +1,8 @@
-"""The catalogue of a dataset folder, `items.parquet`: every item with its two ids, its count and what is known of it."""
+"""The catalogue of a dataset folder, `items.parquet`: every item, its two ids, its count and what is known of it."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Catalogue:
         return self._values("item_id", ids)
 
     def titles(self, ids: ArrayLike) -> list[str]:
-        """A name for each model id (any shape, flattened): its title, else its original id, else "unknown item <id>"."""
+        """A name for each model id (any shape, flattened): its title, else its original id, else "unknown item N"."""
         flat = np.asarray(ids, dtype=np.int64).ravel()
         titles = self._values("title", flat) if "title" in self.table.column_names else [None] * len(flat)
         names: Iterable[tuple[int, Any, Any]] = zip(flat.tolist(), titles, self.decode(flat), strict=True)
@@ -140,10 +141,11 @@ def _column(table: pa.Table, name: str) -> pa.Array:
 
 
 def _as_array(values: Sequence[OriginalId], dtype: pa.DataType) -> pa.Array:
-    if pa.types.is_integer(dtype) and any(isinstance(value, bool) or not isinstance(value, int) for value in values):
-        bad = next(value for value in values if isinstance(value, bool) or not isinstance(value, int))
-        raise ValueError(f"item id {bad!r} is not an integer, and this catalogue's original ids are integers")
-    if not pa.types.is_integer(dtype) and any(not isinstance(value, str) for value in values):
-        bad = next(value for value in values if not isinstance(value, str))
-        raise ValueError(f"item id {bad!r} is not text, and this catalogue's original ids are text")
+    integer = pa.types.is_integer(dtype)
+    wrong = [
+        value for value in values if isinstance(value, bool) or not isinstance(value, Integral if integer else str)
+    ]
+    if wrong:
+        kind = "integers" if integer else "text"
+        raise ValueError(f"item id {wrong[0]!r} does not fit: the original ids of this catalogue are {kind}")
     return pa.array(values, type=dtype)

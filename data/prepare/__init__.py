@@ -1,0 +1,71 @@
+"""Raw logs -> dataset folders.
+
+report = prepare("ml-1m", "out/ml-1m", source="raw/ml-1m")
+print("\\n".join(report.lines()))
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import synthetic
+from .config import PrepareConfig
+from .log import EventLog, GroupedLog, group, k_core
+from .report import Report, card, report_of
+from .splits import Split, split_log
+from .writer import check_free, new_folder, schema_of, train_counts, write_items, write_splits
+
+__all__ = ["EventLog", "PrepareConfig", "Report", "names", "prepare", "prepare_log"]
+
+_COMMON = frozenset({"source", "overwrite", "split", "validation", "cutoff", "test_fraction", "k_core", "id_mapping"})
+_Reader = Callable[[PrepareConfig], EventLog]
+
+
+def _sources() -> dict[str, tuple[_Reader, frozenset[str]]]:
+    """name -> (reader, options that it reads besides the common ones)."""
+    return {"synthetic": (synthetic.read, synthetic.OPTIONS)}
+
+
+def names() -> list[str]:
+    """Names of the data sets that can be prepared."""
+    return sorted(_sources())
+
+
+def prepare(name: str, output_dir: str | Path, source: str | Path | None = None, **options: Any) -> Report:
+    """Make a dataset folder of a data set.
+
+    name: one of `names()`.  output_dir: the folder to make.  source: file or folder of the raw data; None downloads it.
+    options: fields of PrepareConfig.  Raises ValueError or FileNotFoundError naming what is wrong; then no folder is
+    made.
+    """
+    config = PrepareConfig(
+        name=name, output_dir=str(output_dir), source=None if source is None else str(source), **options
+    )
+    readers = _sources()
+    if name not in readers:
+        raise ValueError(f"there is no data set {name!r}; there are {', '.join(names())}")
+    reader, known = readers[name]
+    check_free(Path(config.output_dir), config.overwrite)
+    for option in sorted(config.changed() - known - _COMMON):
+        warnings.warn(f"option {option} has no effect on {name}", stacklevel=2)
+    return prepare_log(reader(config), config)
+
+
+def prepare_log(log: EventLog, config: PrepareConfig) -> Report:
+    """Make a dataset folder of a log of events."""
+    if config.k_core > 1:
+        log = k_core(log, config.k_core)
+    grouped = group(log, config.id_mapping)
+    split = split_log(grouped, config)
+    report = report_of(config, grouped, split)
+    with new_folder(config.output_dir, config.overwrite) as folder:
+        _write(folder, config, grouped, split, report)
+    return report
+
+
+def _write(folder: Path, config: PrepareConfig, grouped: GroupedLog, split: Split, report: Report) -> None:
+    write_splits(folder, grouped, split)
+    write_items(folder, grouped, train_counts(grouped, split))
+    schema_of(grouped, config.name, split, report.statistics).save(folder)
+    (folder / "README.md").write_text(card(report, split, grouped.id_mapping), encoding="utf-8")

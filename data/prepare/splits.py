@@ -1,0 +1,114 @@
+"""Train, validation and test rows: prefixes of the users' histories, with the index from which events are targets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from grzoo.data.jagged import Int64
+from numpy.typing import NDArray
+
+from .config import PrepareConfig
+from .log import GroupedLog
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """Rows of a split: the first `length` events of `user`; those from `target_from` on are targets. int64 [rows]."""
+
+    user: Int64
+    length: Int64
+    target_from: Int64
+
+
+@dataclass(frozen=True)
+class Split:
+    """The splits by name, the arguments that define them (for schema.json) and remarks for the report."""
+
+    rows: Mapping[str, SplitRows]
+    arguments: Mapping[str, Any]
+    remarks: tuple[str, ...]
+
+
+def split_log(grouped: GroupedLog, config: PrepareConfig) -> Split:
+    """Split a grouped log as `config` says."""
+    return leave_one_out(grouped, config.validation) if config.split == "leave_one_out" else temporal(grouped, config)
+
+
+def leave_one_out(grouped: GroupedLog, validation: str) -> Split:
+    """The last event of each user is the test target, with validation "last" the one before it the validation target.
+
+    Users with fewer than two (three) events are in train only.
+    """
+    lengths = grouped.lengths
+    held_out = 1 if validation == "none" else 2
+    tested = lengths > held_out
+    users = np.flatnonzero(tested)
+    rows = {"train": _train(np.where(tested, lengths - held_out, lengths))}
+    if validation == "last":
+        rows["validation"] = SplitRows(users, lengths[users] - 1, lengths[users] - 2)
+    rows["test"] = SplitRows(users, lengths[users], lengths[users] - 1)
+    few = int((~tested).sum())
+    remarks = (f"{few} users with fewer than {held_out + 1} events are in train only",) if few else ()
+    _require(rows, "no user has enough events to hold one out: the log has one event per user")
+    return Split(rows, {"kind": "leave_one_out", "validation": validation}, remarks)
+
+
+def temporal(grouped: GroupedLog, config: PrepareConfig) -> Split:
+    """Events before the cutoff are train events, those from it on are test targets of users who have events before them.
+
+    Without a cutoff it is the time before which all but `test_fraction` of the events lie. With validation "last", as
+    many events as the test has, directly before the cutoff, are validation targets instead of train events.
+    """
+    times = grouped.columns.get("timestamp")
+    if times is None:
+        raise ValueError("a temporal split needs timestamps, and this log has none: use split leave_one_out")
+    ordered = np.sort(times)
+    cutoff = config.cutoff
+    if cutoff is None:
+        cutoff = int(ordered[round(len(ordered) * (1 - config.test_fraction))])
+    after = len(ordered) - int(np.searchsorted(ordered, cutoff))
+    if not 0 < after < len(ordered):
+        raise ValueError(
+            f"cutoff {cutoff} leaves {len(ordered) - after} train and {after} test events; "
+            f"the log spans {ordered[0]} to {ordered[-1]}"
+        )
+    before = _events_before(grouped, times, cutoff)
+    arguments: dict[str, Any] = {"kind": "temporal", "cutoff": cutoff, "validation": config.validation}
+    rows: dict[str, SplitRows] = {}
+    first = before
+    if config.validation == "last":
+        if 2 * after >= len(ordered):
+            raise ValueError(f"cutoff {cutoff} leaves too few events before it for a validation part of {after} events")
+        arguments["validation_cutoff"] = int(ordered[len(ordered) - 2 * after])
+        first = _events_before(grouped, times, arguments["validation_cutoff"])
+        rows["validation"] = _targets(first, before)
+    rows = {"train": _train(first), **rows, "test": _targets(before, grouped.lengths)}
+    _require(rows, f"no event from cutoff {cutoff} on has an earlier event of its user")
+    new = int(((before == 0) & (grouped.lengths > 0)).sum())
+    remarks = (f"{new} users have no event before the cutoff: their first event is context only",) if new else ()
+    return Split(rows, arguments, remarks)
+
+
+def _events_before(grouped: GroupedLog, times: NDArray[Any], cutoff: int) -> Int64:
+    """Events of each user before `cutoff`, int64 [users]."""
+    running = np.concatenate([[0], np.cumsum(times < cutoff)])
+    return np.asarray(np.diff(running[grouped.offsets]), dtype=np.int64)
+
+
+def _train(lengths: Int64) -> SplitRows:
+    users = np.flatnonzero(lengths > 0)
+    return SplitRows(users, lengths[users], np.ones(len(users), dtype=np.int64))
+
+
+def _targets(context: Int64, lengths: Int64) -> SplitRows:
+    # The first event of a user has nothing before it and cannot be a target.
+    target_from = np.maximum(context, 1)
+    users = np.flatnonzero(lengths > target_from)
+    return SplitRows(users, lengths[users], target_from[users])
+
+
+def _require(rows: Mapping[str, SplitRows], reason: str) -> None:
+    for name, part in rows.items():
+        if not len(part.user):
+            raise ValueError(f"the split {name!r} is empty: {reason}")

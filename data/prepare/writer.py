@@ -1,0 +1,138 @@
+"""Writes a dataset folder: complete under a temporary name, then renamed, so that a partial one is never found."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from grzoo.data.jagged import Int64, offsets_of, ranges
+from grzoo.data.schema import ITEMS_FILE, SCHEMA_FILE, DatasetSchema, FeatureSpec
+from numpy.typing import NDArray
+
+from .log import GroupedLog
+from .splits import Split, SplitRows
+
+EVENTS_PER_SHARD = 20_000_000
+EVENTS_PER_ROW_GROUP = 1_000_000
+
+
+@contextmanager
+def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends, and is removed when the block fails.
+
+    ValueError when `path` exists and is not empty, unless `overwrite` is set and it holds a dataset.
+    """
+    target = Path(path)
+    check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp-{uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """ValueError unless a dataset folder may be made at `target`."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output_dir {target} is a file; choose a folder")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ValueError(f"output_dir {target} exists and is not empty: choose another one, or pass --overwrite")
+        if not (target / SCHEMA_FILE).is_file():
+            raise ValueError(f"output_dir {target} is not a dataset folder, --overwrite does not replace it")
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    old = target.with_name(f"{target.name}.old-{uuid4().hex[:8]}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def schema_of(grouped: GroupedLog, name: str, split: Split, statistics: Mapping[str, Any]) -> DatasetSchema:
+    """The schema of a grouped log."""
+    return DatasetSchema(
+        name=name,
+        features=tuple(FeatureSpec(name=key, dtype=str(values.dtype)) for key, values in grouped.columns.items()),
+        id_mapping=grouped.id_mapping,
+        user_id_dtype="int64" if pa.types.is_integer(grouped.user_ids.type) else "string",
+        split=dict(split.arguments),
+        statistics=dict(statistics),
+        source=grouped.log.source,
+    )
+
+
+def write_splits(folder: Path, grouped: GroupedLog, split: Split) -> None:
+    """Write `data/<split>-00000-of-0000N.parquet` for every split."""
+    (folder / "data").mkdir()
+    for name, rows in split.rows.items():
+        shards = _cut(rows.length, EVENTS_PER_SHARD)
+        for number, (first, last) in enumerate(shards):
+            path = folder / "data" / f"{name}-{number:05d}-of-{len(shards):05d}.parquet"
+            _write_shard(path, grouped, SplitRows(*(values[first:last] for values in _columns(rows))))
+
+
+def _columns(rows: SplitRows) -> tuple[Int64, Int64, Int64]:
+    return rows.user, rows.length, rows.target_from
+
+
+def _cut(lengths: Int64, events: int) -> list[tuple[int, int]]:
+    """Ranges of rows with at most about `events` events each; at least one range."""
+    group = (np.cumsum(lengths) - lengths) // events
+    edges = np.flatnonzero(np.diff(group)) + 1
+    bounds = [0, *edges.tolist(), len(lengths)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def _write_shard(path: Path, grouped: GroupedLog, rows: SplitRows) -> None:
+    writer: pq.ParquetWriter | None = None
+    try:
+        for first, last in _cut(rows.length, EVENTS_PER_ROW_GROUP):
+            table = _table(grouped, SplitRows(*(values[first:last] for values in _columns(rows))))
+            if writer is None:
+                writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+            writer.write_table(table, row_group_size=max(1, len(table)))
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _table(grouped: GroupedLog, rows: SplitRows) -> pa.Table:
+    events = ranges(grouped.offsets[:-1][rows.user], rows.length)
+    offsets = pa.array(offsets_of(rows.length).astype(np.int32))
+    columns: dict[str, pa.Array] = {"user_id": grouped.user_ids.take(pa.array(rows.user))}
+    for name, values in grouped.columns.items():
+        columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values[events]))
+    columns["target_from"] = pa.array(rows.target_from.astype(np.int32))
+    return pa.table(columns)
+
+
+def train_counts(grouped: GroupedLog, split: Split) -> NDArray[np.int64]:
+    """Events of each item in the train split, int64 [items]."""
+    rows = split.rows["train"]
+    events = ranges(grouped.offsets[:-1][rows.user], rows.length)
+    return np.bincount(grouped.item_codes[events], minlength=len(grouped.item_ids))
+
+
+def write_items(folder: Path, grouped: GroupedLog, counts: NDArray[np.int64]) -> None:
+    """Write `items.parquet`: every item of the log, joined with what its metadata says."""
+    table = pa.table({"item_id": grouped.item_ids, "id": pa.array(grouped.model_ids), "count": pa.array(counts)})
+    metadata = grouped.log.item_metadata
+    if metadata is not None:
+        wanted = metadata.column("item_id").cast(grouped.item_ids.type)
+        index = pc.index_in(grouped.item_ids, value_set=wanted.combine_chunks())
+        for name in metadata.column_names:
+            if name not in table.column_names:
+                table = table.append_column(name, metadata.column(name).take(index))
+    pq.write_table(table, folder / ITEMS_FILE, compression="zstd")
