@@ -1,0 +1,331 @@
+"""DynamicEmbeddingCollection: features -> logical tables -> merged physical tables, sharded over ranks."""
+
+import json
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import FeatureConfig, TableConfig
+from .exchange import Exchange
+from .hashing import owner
+from .kernels import Slot
+from .keyed import mix64, string_key
+from .prepare import MicroBatches, prepare_step
+from .step import MicroBatchEmbeddings, Step
+from .table import PhysicalTable
+
+if TYPE_CHECKING:
+    from .optimizers import SparseOptimizer
+
+_NO_OPTIMIZER = (
+    "the embedding tables are in training mode with gradients enabled, but no sparse optimizer is attached: they would stay"
+    " untrained. Create one, e.g. SparseAdagrad(collection, lr=0.1), train through grzoo.embeddings.engine, or call"
+    " .eval() or use torch.no_grad()"
+)
+
+
+class DynamicEmbeddingCollection(nn.Module):
+    """Embedding tables that grow: any int64 is a valid id, a row is born when training first sees its id.
+
+    A module without parameters and buffers: `train()`/`eval()` reach it, while `state_dict()`, `.to()`, dtype casts, DDP
+    and ZeRO do not. Rows are float32 in host memory; tables of one width are merged into one physical table. With a
+    process group each rank owns the ids that hash to it, and lookups are collective.
+
+    Args:
+        tables: the logical tables (TableConfig or its dict), with distinct names.
+        features: the features and the tables they use (FeatureConfig or its dict); tables may be shared.
+        seed: of the initial values.
+        backend: "auto", "naive" or "host" (see grzoo.embeddings.kernels).
+        process_group: the data-parallel group; None: this process alone.
+        merge: merge tables of equal width. Results do not depend on it.
+
+    Raises ValueError for names that clash or do not exist.
+
+    Example:
+        tables = DynamicEmbeddingCollection(
+            [TableConfig(name="item", embedding_dim=8)], [FeatureConfig(name="input_ids", table="item")]
+        )
+        optimizer = SparseAdagrad(tables, lr=0.1)
+        tables({"input_ids": torch.tensor([[3, -1, 3]])})["input_ids"].square().sum().backward()  # [1, 3, 8]
+        optimizer.step()
+        optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig | Mapping[str, Any]],
+        features: Sequence[FeatureConfig | Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        backend: str = "auto",
+        process_group: dist.ProcessGroup | None = None,
+        merge: bool = True,
+    ) -> None:
+        super().__init__()
+        table_configs = [t if isinstance(t, TableConfig) else TableConfig.from_dict(t) for t in tables]
+        feature_configs = [f if isinstance(f, FeatureConfig) else FeatureConfig.from_dict(f) for f in features]
+        self.tables: dict[str, TableConfig] = _by_name("table", table_configs)
+        self.features: dict[str, FeatureConfig] = _by_name("feature", feature_configs)
+        if not self.tables:
+            raise ValueError("a collection needs at least one table")
+        for feature in feature_configs:
+            if feature.table not in self.tables:
+                raise ValueError(
+                    f"feature {feature.name!r} uses table {feature.table!r}, which is not one of {sorted(self.tables)}"
+                )
+        self.seed = seed
+        self._arguments: dict[str, Any] = {"seed": seed, "backend": backend, "merge": merge}
+        groups = _group(table_configs, merge)
+        self.physical: list[PhysicalTable] = [PhysicalTable(group, seed=seed, backend=backend) for group in groups]
+        self.placement: dict[str, tuple[int, int]] = {  # table -> (physical table, position in it)
+            config.name: (p, position) for p, group in enumerate(groups) for position, config in enumerate(group)
+        }
+        self.exchange = Exchange(process_group)
+        self._agreed = process_group is None
+        self._serial = 0
+        self._optimizer: weakref.ref[SparseOptimizer] | None = None
+
+    # ------------------------------------------------------------------ lookup
+
+    def prepare(self, micro_batches: MicroBatches, *, insert: bool | None = None) -> Step:
+        """Exchange the ids of all micro-batches of an optimizer step and find their rows. Collective.
+
+        Args:
+            micro_batches: feature -> ids int64 of any shape, possibly of no element, for each micro-batch. Ranks may differ
+                in features, shapes and number of micro-batches.
+            insert: insert ids that have no row; by default in training mode only.
+
+        Returns:
+            A Step; `step.fetch()` brings the rows, `step[k][feature]` are the embeddings of micro-batch k.
+
+        Raises:
+            ValueError: bad input on this rank or another one. All ranks raise.
+        """
+        if not self._agreed:
+            self._check_agreement()
+        return prepare_step(self, micro_batches, insert=self.training if insert is None else insert)
+
+    def forward(self, ids: Mapping[str, Tensor], *, insert: bool | None = None) -> MicroBatchEmbeddings:
+        """Look up one micro-batch: `prepare([ids], insert=insert).fetch()[0]`. Collective.
+
+        Args:
+            ids: feature -> int64 of any shape.
+            insert: see `prepare`.
+
+        Returns:
+            feature -> float32 [*ids.shape, dim].
+
+        Raises:
+            ValueError: bad input; or training mode with gradients, and no sparse optimizer (tables would stay untrained).
+        """
+        if self.training and torch.is_grad_enabled():
+            self.require_optimizer()
+        return self.prepare([ids], insert=insert).fetch()[0]
+
+    # ------------------------------------------------------------------ ranks
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        return self.exchange.group
+
+    def set_process_group(self, process_group: dist.ProcessGroup | None) -> None:
+        """Shard over the ranks of a group. Collective.
+
+        Rows that are already there are allowed when every rank has the same ones (each loaded the same export): then each
+        keeps those that it owns. Raises ValueError when ranks differ, or when rows would have to be gathered again.
+        """
+        if process_group is self.process_group:
+            return
+        exchange = Exchange(process_group)
+        if self.exchange.world_size > 1 and self.total_rows() > 0:
+            raise ValueError("tables that hold rows of one process group cannot move to another: save and load them")
+        self._check_replicated(exchange)
+        self.exchange, self._agreed = exchange, process_group is None
+        if exchange.world_size > 1 and sum(map(len, self.physical)) > 0:
+            self._keep_owned_rows()
+
+    def _check_replicated(self, exchange: Exchange) -> None:
+        digest = [0]
+        for name in self.tables:
+            ids, _ = self._sorted_keys(name)
+            mixed = mix64(mix64(ids) + string_key(name))
+            assert isinstance(mixed, Tensor)
+            digest += [len(ids), int(mixed.sum())]
+        if len({tuple(d) for d in exchange.gather_ints(digest)}) > 1:
+            raise ValueError("ranks hold different rows: shard tables that are empty, or loaded alike on every rank")
+
+    def _keep_owned_rows(self) -> None:
+        for table in self.physical:
+            tables, ids, _ = table.storage.keys()
+            foreign = owner(ids, self.exchange.world_size) != self.exchange.rank
+            table.storage.erase(tables[foreign], ids[foreign])
+        self.physical = [old.copy() for old in self.physical]  # gives the freed memory back
+
+    def _check_agreement(self) -> None:
+        configs = [[config.to_dict() for config in table.configs] for table in self.physical]
+        fingerprint = string_key(json.dumps([self.seed, configs], sort_keys=True))
+        different = len(set(map(tuple, self.exchange.gather_ints([fingerprint])))) > 1
+        if different:
+            raise ValueError("ranks built collections with different tables or seeds: give all the same configuration")
+        self._agreed = True
+
+    # ------------------------------------------------------------------ rows
+
+    @property
+    def table_names(self) -> list[str]:
+        return list(self.tables)
+
+    def num_rows(self, table: str | None = None) -> int:
+        """Return the number of rows on this rank, of one table or of all."""
+        if table is None:
+            return sum(map(len, self.physical))
+        physical, position = self._place(table)
+        return physical.num_rows(position)
+
+    def total_rows(self, table: str | None = None) -> int:
+        """Return the number of rows on all ranks, of one table or of all. Collective."""
+        return self.exchange.sum_int(self.num_rows(table))
+
+    def memory_bytes(self) -> int:
+        """Return the bytes allocated on this rank for index, rows and optimizer state."""
+        return sum(table.memory_bytes() for table in self.physical)
+
+    def export_rows(self, table: str) -> dict[str, Tensor]:
+        """Return the rows of a table on this rank, sorted by (bucket, id).
+
+        Returns:
+            "ids" int64 [n], "rows" float32 [n, dim], "step" int32 [n] (updates so far), and each optimizer slot float32
+            [n, width].
+        """
+        physical, _ = self._place(table)
+        ids, handles = self._sorted_keys(table)
+        return {"ids": ids, **physical.read(handles)}
+
+    def import_rows(self, table: str, values: Mapping[str, Tensor]) -> int:
+        """Insert or overwrite rows of a table and return how many; ids that another rank owns are skipped.
+
+        Args:
+            values: as `export_rows` gives them; ids distinct. A slot or "step" that is absent starts as in a new row.
+
+        Raises ValueError for shapes, dtypes, names or repeated ids that do not fit.
+        """
+        physical, position = self._place(table)
+        ids = _check_import(table, values, physical)
+        mine = owner(ids, self.exchange.world_size) == self.exchange.rank
+        kept = {name: value[mine] for name, value in values.items()}
+        ids, rows = kept.pop("ids"), kept.pop("rows")
+        physical.write(torch.full(ids.shape, position, dtype=torch.int32, device="cpu"), ids, rows, kept)
+        return len(ids)
+
+    def close(self) -> None:
+        """Free all rows. Use after it raises RuntimeError."""
+        for table in self.physical:
+            table.close()
+
+    def _place(self, table: str) -> tuple[PhysicalTable, int]:
+        if table not in self.placement:
+            raise ValueError(f"no table {table!r}: the tables are {self.table_names}")
+        physical, position = self.placement[table]
+        return self.physical[physical], position
+
+    def _sorted_keys(self, table: str) -> tuple[Tensor, Tensor]:
+        physical, position = self._place(table)
+        return physical.sorted_keys(position)
+
+    # ------------------------------------------------------------------ optimizer
+
+    @property
+    def optimizer(self) -> "SparseOptimizer | None":
+        """The attached sparse optimizer; None when there is none, or it was garbage-collected."""
+        return None if self._optimizer is None else self._optimizer()
+
+    def require_optimizer(self) -> "SparseOptimizer":
+        """Return the attached sparse optimizer; ValueError when there is none."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            raise ValueError(_NO_OPTIMIZER)
+        return optimizer
+
+    def attach(self, optimizer: "SparseOptimizer", layout: Callable[[int], Sequence[Slot]]) -> None:
+        """Called by a sparse optimizer: remember it (weakly) and give rows its state, `layout(dim)`.
+
+        State of an earlier optimizer that has the same slots stays. Raises ValueError when another one is attached.
+        """
+        current = self.optimizer
+        if current is not None and current is not optimizer:
+            raise ValueError(f"{type(current).__name__} is attached to these tables already: delete it first")
+        for table in self.physical:
+            table.set_slots(layout(table.dim))
+        self._optimizer = weakref.ref(optimizer)
+
+    def next_serial(self) -> int:
+        """Number the next step."""
+        self._serial += 1
+        return self._serial
+
+    # ------------------------------------------------------------------ module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DynamicEmbeddingCollection":
+        """An independent copy of configs, rows and optimizer state, on the same process group, without an optimizer."""
+        twin = type(self)(
+            list(self.tables.values()),
+            list(self.features.values()),
+            process_group=self.process_group,
+            **self._arguments,
+        )
+        memo[id(self)] = twin
+        twin.train(self.training)
+        twin.physical = [table.copy() for table in self.physical]
+        return twin
+
+    def extra_repr(self) -> str:
+        tables = ", ".join(f"{c.name}: [{self.num_rows(c.name)}, {c.embedding_dim}]" for c in self.tables.values())
+        return f"{tables}; features={list(self.features)}"
+
+
+def _by_name(what: str, configs: Sequence[Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for config in configs:
+        if config.name in named:
+            raise ValueError(f"two {what}s are called {config.name!r}: names must be distinct")
+        named[config.name] = config
+    return named
+
+
+def _group(configs: Sequence[TableConfig], merge: bool) -> list[list[TableConfig]]:
+    """Tables that share a physical one: those of equal width, in the order given."""
+    if not merge:
+        return [[config] for config in configs]
+    groups: dict[int, list[TableConfig]] = {}
+    for config in configs:
+        groups.setdefault(config.embedding_dim, []).append(config)
+    return list(groups.values())
+
+
+def _check_import(table: str, values: Mapping[str, Tensor], physical: PhysicalTable) -> Tensor:
+    if missing := {"ids", "rows"} - set(values):
+        raise ValueError(f"rows for table {table!r} lack {sorted(missing)}")
+    n = len(values["ids"])
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "ids": (torch.int64, (n,)),
+        "rows": (torch.float32, (n, physical.dim)),
+        "step": (torch.int32, (n,)),
+    } | {slot.name: (torch.float32, (n, slot.width)) for slot in physical.slots}
+    for name, value in values.items():
+        if name not in expected:
+            raise ValueError(
+                f"table {table!r} has no {name!r}: it takes {sorted(expected)} with the attached optimizer"
+            )
+        dtype, shape = expected[name]
+        if value.dtype != dtype or tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name!r} of table {table!r} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
+            )
+    ids = values["ids"]
+    if len(torch.unique(ids)) != n:
+        raise ValueError(f"ids for table {table!r} are not distinct")
+    return ids

@@ -1,0 +1,129 @@
+"""One physical table: the rows of logical tables that were merged because their rows have the same width."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .config import TableConfig
+from .hashing import bucket
+from .kernels import STEP_SLOT, Backend, Slot, TableStorage, get_backend
+from .policies import initial_rows, row_init
+
+
+class PhysicalTable:
+    """Index and rows of the logical tables `configs` (of one width), in a storage that is made at first use.
+
+    A logical table is known here by its position in `configs`, which goes beside the id as a second key word: no bit of the
+    id is used up by merging.
+    """
+
+    def __init__(self, configs: Sequence[TableConfig], *, seed: int, backend: str) -> None:
+        self.configs = tuple(configs)
+        self.dim = configs[0].embedding_dim
+        assert all(config.embedding_dim == self.dim for config in configs)
+        self.slots: tuple[Slot, ...] = ()
+        self._seed = seed
+        self._backend_name = backend
+        self._storage: TableStorage | None = None
+        self._closed = False
+
+    def empty_like(self) -> "PhysicalTable":
+        """Return a table of the same layout without rows."""
+        table = PhysicalTable(self.configs, seed=self._seed, backend=self._backend_name)
+        table.slots = self.slots
+        return table
+
+    def copy(self) -> "PhysicalTable":
+        """Return a table with a copy of the rows and their state."""
+        table = self.empty_like()
+        if len(self):
+            tables, ids, handles = self.storage.keys()
+            values = self.read(handles)
+            table.write(tables, ids, values.pop("rows"), values)
+        return table
+
+    @property
+    def backend(self) -> Backend:
+        return get_backend(self._backend_name)
+
+    @property
+    def storage(self) -> TableStorage:
+        """The rows. Raises RuntimeError after `close`."""
+        if self._closed:
+            raise RuntimeError("this embedding table was closed")
+        if self._storage is None:
+            laws = [row_init(config.initializer, self._seed, config.init_key or config.name) for config in self.configs]
+            self._storage = self.backend.create(self.dim, laws)
+            self._storage.set_slots(self.slots)
+        return self._storage
+
+    def set_slots(self, slots: Sequence[Slot]) -> None:
+        """Set the layout of the optimizer state (see TableStorage.set_slots)."""
+        self.slots = tuple(slots)
+        if self._storage is not None:
+            self._storage.set_slots(self.slots)
+
+    def __len__(self) -> int:
+        return 0 if self._storage is None and not self._closed else len(self.storage)
+
+    def memory_bytes(self) -> int:
+        """Bytes that are allocated for index, rows and state."""
+        return 0 if self._storage is None and not self._closed else self.storage.memory_bytes()
+
+    def close(self) -> None:
+        """Free the rows; use after it raises RuntimeError."""
+        if self._storage is not None:
+            self._storage.close()
+        self._storage, self._closed = None, True
+
+    def num_rows(self, logical: int) -> int:
+        """Number of rows of one logical table."""
+        if len(self.configs) == 1 or len(self) == 0:
+            return len(self)
+        return int((self.storage.keys()[0] == logical).sum())
+
+    def lookup(self, tables: Tensor, ids: Tensor, *, insert: bool) -> tuple[Tensor, int]:
+        """Return the handles int64 [n] of distinct pairs (-1: no row) and how many rows were inserted."""
+        if insert:
+            return self.storage.find_or_insert(tables, ids)
+        return self.storage.find(tables, ids), 0
+
+    def gather(self, tables: Tensor, ids: Tensor, handles: Tensor) -> Tensor:
+        """Return rows float32 [n, dim]; an id without a row (handle -1) gets what its table says of unknown ids."""
+        rows = self.storage.gather(handles)
+        for logical, config in enumerate(self.configs):
+            if config.unknown == "initial":
+                absent = (handles < 0) & (tables == logical)
+                if absent.any():
+                    law = row_init(config.initializer, self._seed, config.init_key or config.name)
+                    rows[absent] = initial_rows(law, ids[absent], self.dim)
+        return rows
+
+    def sorted_keys(self, logical: int) -> tuple[Tensor, Tensor]:
+        """Return ids and handles int64 [n] of one logical table, sorted by (bucket, id)."""
+        tables, ids, handles = self.storage.keys()
+        mine = tables == logical
+        ids, handles = ids[mine], handles[mine]
+        order = torch.argsort(ids)
+        order = order[torch.argsort(bucket(ids[order]), stable=True)]
+        return ids[order], handles[order]
+
+    def read(self, handles: Tensor, *, state: bool = True) -> dict[str, Tensor]:
+        """Return "rows" float32 [n, dim] and, with state, each slot float32 [n, width] and "step" int32 [n]."""
+        values = {"rows": self.storage.gather(handles)}
+        if state:
+            values |= {slot.name: self.storage.gather_slot(slot.name, handles) for slot in self.slots}
+            values[STEP_SLOT] = self.storage.gather_slot(STEP_SLOT, handles).flatten()
+        return values
+
+    def write(self, tables: Tensor, ids: Tensor, rows: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Insert or overwrite rows (distinct pairs); state that is not given starts as in a new row."""
+        count = len(ids)
+        slots = {
+            slot.name: state[slot.name] if slot.name in state else torch.full((count, slot.width), slot.fill)
+            for slot in self.slots
+        }
+        step = state[STEP_SLOT] if STEP_SLOT in state else torch.zeros(count, dtype=torch.int32)
+        handles, _ = self.storage.find_or_insert(tables, ids)
+        self.storage.scatter(handles, rows, slots | {STEP_SLOT: step.reshape(count, 1)})
