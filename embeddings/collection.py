@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .optimizers import SparseOptimizer
 
 _NO_OPTIMIZER = (
-    "the embedding tables are in training mode with gradients enabled, but no sparse optimizer is attached: they would stay"
-    " untrained. Create one, e.g. SparseAdagrad(collection, lr=0.1), train through grzoo.embeddings.engine, or call"
-    " .eval() or use torch.no_grad()"
+   
+    "the embedding tables are in training mode with gradients enabled, but no sparse optimizer is attached:
+    they would stay" " untrained. Create one, e.g. SparseAdagrad(collection, lr=0.1), train through grzoo.embeddings.engine, or call" " .eval() or use torch.no_grad()"
 )
 
 
