@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from .optimizers import SparseOptimizer
 
 _NO_OPTIMIZER = (
-   
-    "the embedding tables are in training mode with gradients enabled, but no sparse optimizer is attached:
-    they would stay" " untrained. Create one, e.g. SparseAdagrad(collection, lr=0.1), train through grzoo.embeddings.engine, or call" " .eval() or use torch.no_grad()"
+    "the embedding tables are in training mode with gradients enabled, but no sparse optimizer is attached: they would "
+    "stay untrained. Create one, e.g. SparseAdagrad(collection, lr=0.1), or train through grzoo.embeddings.engine, or "
+    "call .eval() or use torch.no_grad()"
 )
 
 
 class DynamicEmbeddingCollection(nn.Module):
     """Embedding tables that grow: any int64 is a valid id, a row is born when training first sees its id.
 
-    A module without parameters and buffers: `train()`/`eval()` reach it, while `state_dict()`, `.to()`, dtype casts, DDP
-    and ZeRO do not. Rows are float32 in host memory; tables of one width are merged into one physical table. With a
+    A module without parameters and buffers: `train()`/`eval()` reach it, while `state_dict()`, `.to()`, dtype casts,
+    DDP and ZeRO do not. Rows are float32 in host memory; tables of one width are merged into one physical table. With a
     process group each rank owns the ids that hash to it, and lookups are collective.
 
     Args:
@@ -95,7 +95,8 @@ class DynamicEmbeddingCollection(nn.Module):
         """Exchange the ids of all micro-batches of an optimizer step and find their rows. Collective.
 
         Args:
-            micro_batches: feature -> ids int64 of any shape, possibly of no element, for each micro-batch. Ranks may differ
+            micro_batches: feature -> ids int64 of any shape, possibly of no element, for each micro-batch. Ranks may
+            differ
                 in features, shapes and number of micro-batches.
             insert: insert ids that have no row; by default in training mode only.
 
@@ -120,7 +121,7 @@ class DynamicEmbeddingCollection(nn.Module):
             feature -> float32 [*ids.shape, dim].
 
         Raises:
-            ValueError: bad input; or training mode with gradients, and no sparse optimizer (tables would stay untrained).
+            ValueError: bad input; or training with gradients and no sparse optimizer (tables would stay untrained).
         """
         if self.training and torch.is_grad_enabled():
             self.require_optimizer()
@@ -135,8 +136,9 @@ class DynamicEmbeddingCollection(nn.Module):
     def set_process_group(self, process_group: dist.ProcessGroup | None) -> None:
         """Shard over the ranks of a group. Collective.
 
-        Rows that are already there are allowed when every rank has the same ones (each loaded the same export): then each
-        keeps those that it owns. Raises ValueError when ranks differ, or when rows would have to be gathered again.
+        Rows that are already there are allowed when every rank has the same ones (each loaded the same export): then
+        each keeps those that it owns. Raises ValueError when ranks differ, or when rows would have to be gathered
+        again.
         """
         if process_group is self.process_group:
             return
@@ -271,12 +273,8 @@ class DynamicEmbeddingCollection(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DynamicEmbeddingCollection":
         """An independent copy of configs, rows and optimizer state, on the same process group, without an optimizer."""
-        twin = type(self)(
-            list(self.tables.values()),
-            list(self.features.values()),
-            process_group=self.process_group,
-            **self._arguments,
-        )
+        configs = list(self.tables.values()), list(self.features.values())
+        twin = type(self)(*configs, process_group=self.process_group, **self._arguments)
         memo[id(self)] = twin
         twin.train(self.training)
         twin.physical = [table.copy() for table in self.physical]

@@ -68,7 +68,7 @@ class Exchange:
         return [t.cpu() for t in gathered]
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
-        """Return the integers (int64, any number per rank) of every rank. One collective up to 63 per rank, else two."""
+        """Return the integers (int64, any number) of every rank; one collective up to 63 per rank, else two."""
         if self.world_size == 1:
             return [list(values)]
         head = torch.zeros(_HEADER, dtype=torch.int64, device="cpu")
@@ -94,7 +94,7 @@ class Exchange:
         return sum(t.item() for t in self._all_gather(torch.tensor([value], dtype=torch.float64, device="cpu")))
 
     def all_to_all(self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send slices of `buffer` [sum(sent)] to the ranks and return theirs [sum(received)], in rank order, on the CPU.
+        """Send slices of `buffer` [sum(sent)] to the ranks; return theirs [sum(received)] in rank order, on the CPU.
 
         `sent` and `received` are numbers of elements per rank.
         """

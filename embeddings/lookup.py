@@ -13,10 +13,10 @@ OnBackward = Callable[[], None]
 
 
 class TakeRows(torch.autograd.Function):
-    """rows = leaf[index]; backward adds the gradients of each row's occurrences to leaf.grad, in the order of `index`.
+    """rows = leaf[index]; backward adds the gradients of a row's occurrences to leaf.grad, in the order of `index`.
 
-    It adds in place and hands autograd nothing for the leaf: a dense gradient [U, dim] of each use would cost as much as
-    the whole step's table for every feature of every micro-batch.
+    It adds in place and hands autograd nothing for the leaf: a dense gradient [U, dim] of each use would cost as much
+    as the whole step's table for every feature of every micro-batch.
     """
 
     @staticmethod

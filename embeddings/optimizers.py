@@ -1,8 +1,8 @@
 """Sparse optimizers: the torch Optimizer interface over the rows of a DynamicEmbeddingCollection.
 
-Gradients gather in the leaves of fetched steps; `reduce` sums them by id on the owner of each row, `step` updates rows in
-place. A row is touched by a step when its id was looked up in it and a gradient reached its table. Updates are lazy: rows
-that are not touched see no decay and no momentum. The formulas are in `kernels/rules.py`.
+Gradients gather in the leaves of fetched steps; `reduce` sums them by id on the owner of each row, `step` updates rows
+in place. A row is touched by a step when its id was looked up in it and a gradient reached its table. Updates are lazy:
+rows that are not touched see no decay and no momentum. The formulas are in `kernels/rules.py`.
 """
 
 import math
@@ -125,11 +125,11 @@ class SparseOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ update
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Reduce (unless `reduce` was called), clip, update the touched rows in place and drop the gradients. Collective.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Reduce (unless `reduce` was called), clip, update the touched rows, drop the gradients. Collective.
 
-        Without gradients on any rank nothing happens. If gradients are not finite the tables stay as they are and, unless the
-        caller learnt it from `reduce`, FloatingPointError is raised on every rank.
+        Without gradients on any rank nothing happens. If gradients are not finite the tables stay as they are and,
+        unless the caller learnt it from `reduce`, FloatingPointError is raised on every rank.
         """
         loss = None
         if closure is not None:
@@ -262,7 +262,8 @@ class SparseAdam(SparseOptimizer):
     """Lazy Adam: torch.optim.Adam on the touched rows; `weight_decay` is added to the gradient.
 
     Args:
-        step_mode: the clock of the bias correction. "row": the updates of the row itself, right for rare ids. "global": the
+        step_mode: the clock of the bias correction. "row": the updates of the row itself, right for rare ids. "global":
+        the
             steps of the optimizer, as torch.optim.SparseAdam; a rare row then gets almost no correction.
     """
 

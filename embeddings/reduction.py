@@ -52,8 +52,8 @@ def reduce_gradients(
 ) -> list[RowGradients]:
     """Return scale * the sum over ranks and steps of the gradients of each owned row, per physical table. Collective.
 
-    One all-to-all for all tables of all steps. Order of summation: each rank has summed over its own occurrences (in the
-    leaf), the owner adds ranks in rank order, then steps in the order of their preparation.
+    One all-to-all for all tables of all steps. Order of summation: each rank has summed over its own occurrences (in
+    the leaf), the owner adds ranks in rank order, then steps in the order of their preparation.
     """
     exchange = collection.exchange
     active = [step for step in steps if step.serial in touched]
@@ -80,7 +80,7 @@ def _leaf_gradient(share: TableShare) -> Tensor:
 
 
 def _sum_over_ranks(share: TableShare, grads: Tensor, reached: Tensor) -> RowGradients:
-    """Sum what arrived, float32 [R, dim], by owned pair; drop ids without a row and logical tables without a gradient."""
+    """Sum what arrived, float32 [R, dim], by owned pair; drop ids without a row and tables without a gradient."""
     if share.inverse is not None:
         grads = share.table.backend.segment_sum(grads, share.inverse, len(share.handles))
     keep = (share.handles >= 0) & reached[share.tables.long()]

@@ -54,8 +54,8 @@ class Step:
     def fetch(self, device: torch.device | None = None) -> "Step":
         """Bring the rows from their owners: one leaf float32 [unique ids, dim] per physical table. Collective.
 
-        The leaves require gradients when the collection is in training mode and gradients are enabled. They go to `device`,
-        by default that of the ids. Returns the step itself.
+        The leaves require gradients when the collection is in training mode and gradients are enabled. They go to
+        `device`, by default that of the ids. Returns the step itself.
 
         Raises:
             ValueError: the leaves would need a sparse optimizer and none is attached.

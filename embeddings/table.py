@@ -14,8 +14,8 @@ from .policies import initial_rows, row_init
 class PhysicalTable:
     """Index and rows of the logical tables `configs` (of one width), in a storage that is made at first use.
 
-    A logical table is known here by its position in `configs`, which goes beside the id as a second key word: no bit of the
-    id is used up by merging.
+    A logical table is known here by its position in `configs`, which goes beside the id as a second key word: no bit of
+    the id is used up by merging.
     """
 
     def __init__(self, configs: Sequence[TableConfig], *, seed: int, backend: str) -> None:
