@@ -96,8 +96,7 @@ class DynamicEmbeddingCollection(nn.Module):
 
         Args:
             micro_batches: feature -> ids int64 of any shape, possibly of no element, for each micro-batch. Ranks may
-            differ
-                in features, shapes and number of micro-batches.
+                differ in features, shapes and number of micro-batches.
             insert: insert ids that have no row; by default in training mode only.
 
         Returns:
@@ -137,8 +136,7 @@ class DynamicEmbeddingCollection(nn.Module):
         """Shard over the ranks of a group. Collective.
 
         Rows that are already there are allowed when every rank has the same ones (each loaded the same export): then
-        each keeps those that it owns. Raises ValueError when ranks differ, or when rows would have to be gathered
-        again.
+        each keeps those that it owns. Raises ValueError when ranks differ, or rows would have to be gathered again.
         """
         if process_group is self.process_group:
             return
@@ -222,6 +220,14 @@ class DynamicEmbeddingCollection(nn.Module):
         ids, rows = kept.pop("ids"), kept.pop("rows")
         physical.write(torch.full(ids.shape, position, dtype=torch.int32, device="cpu"), ids, rows, kept)
         return len(ids)
+
+    def replace_physical(self, tables: list[PhysicalTable]) -> None:
+        """Take over other rows, as a loader does; those that were here are freed, with gradients that wait for them."""
+        if self.optimizer is not None:
+            self.optimizer.discard()
+        old, self.physical = self.physical, tables
+        for table in old:
+            table.close()
 
     def close(self) -> None:
         """Free all rows. Use after it raises RuntimeError."""

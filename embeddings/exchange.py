@@ -87,6 +87,14 @@ class Exchange:
         """Return the sum of one integer over all ranks."""
         return sum(v for (v,) in self.gather_ints([value]))
 
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """Return the sum of int64 tensors of one shape over all ranks."""
+        if self.world_size == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total, group=self.group)
+        return total.cpu()
+
     def sum_float(self, value: float) -> float:
         """Return the sum of one float64 over all ranks, added in rank order (the same bits everywhere)."""
         if self.world_size == 1:

@@ -122,6 +122,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._reduced, self._finite = None, True
         self._forget({step.serial for step in self._pending if step.touched})
 
+    def discard(self) -> None:
+        """Forget all pending steps, because their rows are gone."""
+        self._pending, self._survived = [], set()
+        self._reduced, self._finite = None, True
+
     # ------------------------------------------------------------------ update
 
     @torch.no_grad()
@@ -262,9 +267,8 @@ class SparseAdam(SparseOptimizer):
     """Lazy Adam: torch.optim.Adam on the touched rows; `weight_decay` is added to the gradient.
 
     Args:
-        step_mode: the clock of the bias correction. "row": the updates of the row itself, right for rare ids. "global":
-        the
-            steps of the optimizer, as torch.optim.SparseAdam; a rare row then gets almost no correction.
+        step_mode: the clock of the bias correction. "row": the updates of the row itself, right for rare ids.
+            "global": the steps of the optimizer, as torch.optim.SparseAdam; a rare row then gets almost no correction.
     """
 
     rule = "adam"
