@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import synthetic
+from . import amazon, event_log, movielens, synthetic
 from .config import PrepareConfig
 from .log import EventLog, GroupedLog, group, k_core
 from .report import Report, card, report_of
@@ -24,7 +24,12 @@ _Reader = Callable[[PrepareConfig], EventLog]
 
 def _sources() -> dict[str, tuple[_Reader, frozenset[str]]]:
     """name -> (reader, options that it reads besides the common ones)."""
-    return {"synthetic": (synthetic.read, synthetic.OPTIONS)}
+    return {
+        "synthetic": (synthetic.read, synthetic.OPTIONS),
+        **dict.fromkeys(movielens.NAMES, (movielens.read, movielens.OPTIONS)),
+        **dict.fromkeys(amazon.NAMES, (amazon.read, amazon.OPTIONS)),
+        "event_log": (event_log.read, event_log.OPTIONS),
+    }
 
 
 def names() -> list[str]:

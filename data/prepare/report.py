@@ -40,7 +40,7 @@ class Report:
 def statistics_of(grouped: GroupedLog, split: Split) -> dict[str, Any]:
     """Users, items, events, length percentiles, time span, and rows, events and targets of every split."""
     lengths = grouped.lengths
-    percentiles = {f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in (50, 90, 99)}
+    percentiles = {f"p{p}": round(float(np.percentile(lengths, p))) for p in (50, 90, 99)}
     values: dict[str, Any] = {
         "users": len(grouped.user_ids),
         "items": len(grouped.item_ids),

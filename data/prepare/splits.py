@@ -55,7 +55,7 @@ def leave_one_out(grouped: GroupedLog, validation: str) -> Split:
 
 
 def temporal(grouped: GroupedLog, config: PrepareConfig) -> Split:
-    """Events before the cutoff are train events, those from it on are test targets of users who have events before them.
+    """Events before the cutoff are train events, those from it on are test targets of users with earlier ones.
 
     Without a cutoff it is the time before which all but `test_fraction` of the events lie. With validation "last", as
     many events as the test has, directly before the cutoff, are validation targets instead of train events.

@@ -19,7 +19,8 @@ OPTIONS = frozenset({"seed", "num_users", "num_items", "mean_length"})
 
 GENRES = (
     "drama", "comedy", "thriller", "romance", "mystery", "science fiction", "fantasy", "horror", "western",
-    "documentary", "animation", "musical", "crime", "adventure", "family", "history", "war", "sport", "travel", "biography",
+    "documentary", "animation", "musical", "crime", "adventure", "family", "history", "war", "sport", "travel",
+    "biography",
 )  # fmt: skip
 FIRST_TIME = 1_577_836_800  # 2020-01-01
 SPAN = 2 * 365 * 86_400
@@ -62,7 +63,7 @@ class _World:
         item = np.arange(num_items)
         self.genre = below(fold(fold(key, 1), item), len(GENRES))
         rank = np.argsort(np.argsort(uniform(fold(fold(key, 2), item)), kind="stable"), kind="stable")
-        self.weight: Float64 = (rank + 10.0) ** -ZIPF_EXPONENT
+        self.weight: Float64 = np.asarray((rank + 10.0) ** -ZIPF_EXPONENT, dtype=np.float64)
         # A third of the catalogue exists from the start.
         release = np.maximum(uniform(fold(fold(key, 3), item)) * 1.5 - 0.5, 0.0)
         self.release = (FIRST_TIME + release * SPAN).astype(np.int64)
@@ -117,8 +118,8 @@ def _normal(bits: UInt64) -> Float64:
 
 def _lengths(key: UInt64, mean_length: float) -> Int64:
     """Log-normal lengths of the given mean, long-tailed, at least MIN_LENGTH."""
-    # Repeated items are dropped later, which takes about a fifth.
-    location = np.log(max(mean_length, MIN_LENGTH) * 1.25) - SIGMA**2 / 2
+    # Repeated items are dropped later, which takes a good third.
+    location = np.log(max(mean_length, MIN_LENGTH) * 1.6) - SIGMA**2 / 2
     lengths = np.exp(location + SIGMA * _normal(key))
     return np.clip(lengths, MIN_LENGTH, MAX_LENGTH_FACTOR * mean_length).astype(np.int64)
 

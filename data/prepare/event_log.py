@@ -1,0 +1,58 @@
+"""Any log of events in a CSV or Parquet file, by the names of its columns."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from .config import PrepareConfig
+from .log import EventLog
+from .readers import column, existing, numbers, read_table, seconds
+
+OPTIONS = frozenset(
+    {
+        "user_column",
+        "item_column",
+        "timestamp_column",
+        "timestamp_unit",
+        "feature_columns",
+        "item_metadata",
+        "item_metadata_id",
+        "title_column",
+    }
+)
+
+
+def read(config: PrepareConfig) -> EventLog:
+    """The log in the file (or folder of Parquet files) `source`."""
+    if config.source is None:
+        raise ValueError("event_log needs --source PATH, a CSV or Parquet file of events")
+    path = existing(config.source)
+    table = read_table(path)
+    times = None
+    if config.timestamp_column:
+        times = seconds(column(table, config.timestamp_column, path, "timestamp_column"), config.timestamp_unit, path)
+    return EventLog(
+        users=column(table, config.user_column, path, "user_column"),
+        items=column(table, config.item_column, path, "item_column"),
+        timestamps=times,
+        features={
+            name: numbers(column(table, name, path, "feature_columns"), name, path) for name in config.feature_columns
+        },
+        item_metadata=_item_metadata(config),
+        source=str(path),
+        notes=() if config.timestamp_column else ("no timestamp_column was given: the order of the file is the time",),
+    )
+
+
+def _item_metadata(config: PrepareConfig) -> pa.Table | None:
+    if config.item_metadata is None:
+        return None
+    path = Path(config.item_metadata)
+    table = read_table(path)
+    key = config.item_metadata_id or config.item_column
+    column(table, key, path, "item_metadata_id")
+    renamed = {key: "item_id"}
+    if config.title_column:
+        column(table, config.title_column, path, "title_column")
+        renamed[config.title_column] = "title"
+    return table.rename_columns([renamed.get(name, name) for name in table.column_names])
