@@ -53,7 +53,7 @@ def _choose() -> Backend:
         try:
             backend = _load(name)
         except BackendUnavailable as reason:
-            logger.info("embedding tables: backend %r is not available: %s", name, reason)
+            logger.warning("embedding tables: backend %r is not available: %s", name, reason)
         else:
             logger.info("embedding tables: using backend %r", name)
             return backend

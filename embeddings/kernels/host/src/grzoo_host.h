@@ -3,20 +3,20 @@
 #pragma once
 #include <stdint.h>
 
+#pragma GCC visibility push(default)
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 enum { GRZOO_OK = 0, GRZOO_INVALID = 1, GRZOO_MEMORY = 2, GRZOO_INTERNAL = 3 };
-enum { GRZOO_ZEROS = 0, GRZOO_CONSTANT = 1, GRZOO_UNIFORM = 2, GRZOO_QUANTILES = 3 };
+enum { GRZOO_CONSTANT = 0, GRZOO_UNIFORM = 1, GRZOO_QUANTILE = 2 };
 enum { GRZOO_SGD = 0, GRZOO_ADAGRAD = 1, GRZOO_ROWWISE_ADAGRAD = 2, GRZOO_ADAM = 3, GRZOO_ADAMW = 4 };
-enum { GRZOO_QUANTILE_COUNT = 65536, GRZOO_MAX_RULE_SLOTS = 2 };
 
 typedef struct GrzooStorage GrzooStorage;
 
 typedef struct GrzooHyper {
-    float lr, momentum, beta1, beta2, eps, weight_decay;
-    int32_t global_step;   // > 0: bias correction of this step for all rows; 0: of each row's own step
+    double lr, momentum, beta1, beta2, eps, weight_decay;
+    double step;   // > 0: Adam's bias correction of this step for all rows; 0: of each row's own step
 } GrzooHyper;
 
 const char* grzoo_error(void);
@@ -25,19 +25,21 @@ int grzoo_set_isa(const char* name);               // for tests; GRZOO_INVALID w
 void grzoo_set_memory_limit(int64_t bytes);        // on what the storages of this process map; 0: the machine's memory alone
 int64_t grzoo_mapped_bytes(void);
 
-int grzoo_unique(const int64_t* ids, int64_t n, int64_t* unique, int64_t* inverse, int64_t* counts, int64_t* num_unique,
-                 int threads);
+// tables and unique_tables may be null: then ids alone are compared. The outputs have room for n.
+int grzoo_unique(const int32_t* tables, const int64_t* ids, int64_t n, int32_t* unique_tables, int64_t* unique_ids,
+                 int64_t* inverse, int64_t* counts, int64_t* num_unique, int threads);
+// accumulate != 0: the sums start from what out holds
 int grzoo_segment_sum(const float* values, const int64_t* index, int64_t n, int64_t dim, int64_t segments, float* out,
-                      int threads);
+                      int accumulate, int threads);
 int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out,
                     int threads);
 
 int grzoo_storage_new(int64_t dim, GrzooStorage** out);
 void grzoo_storage_free(GrzooStorage* storage);
-// values: one float for GRZOO_CONSTANT and GRZOO_UNIFORM (scale * 2^-23) and GRZOO_QUANTILES (the factor of the table);
-// quantiles: 65,536 floats that outlive the storage, or null; key: fold of (seed, name of the table)
-int grzoo_storage_initializer(GrzooStorage* storage, int32_t table, int kind, uint64_t key, float value,
+// value: the float32 factor of the law; quantiles: 65,536 floats that outlive the storage, or null
+int grzoo_storage_initializer(GrzooStorage* storage, int32_t table, int kind, int64_t key, float value,
                               const float* quantiles);
+// previous[k]: which of the present slots becomes slot k, or -1 for a new one, which gets its fill value
 int grzoo_storage_set_slots(GrzooStorage* storage, int64_t count, const int64_t* widths, const float* fills,
                             const int64_t* previous);
 int grzoo_storage_find(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles,
@@ -45,11 +47,10 @@ int grzoo_storage_find(GrzooStorage* storage, const int32_t* tables, const int64
 int grzoo_storage_find_or_insert(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n,
                                  int64_t* handles, int64_t* inserted, int threads);
 int grzoo_storage_gather(GrzooStorage* storage, const int64_t* handles, int64_t n, float* out, int threads);
-int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out,
-                              int threads);
-int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows, int threads);
+int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out);
+int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows);
 int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n,
-                               const float* values, int threads);
+                               const float* values);
 int grzoo_storage_gather_step(GrzooStorage* storage, const int64_t* handles, int64_t n, int32_t* out);
 int grzoo_storage_scatter_step(GrzooStorage* storage, const int64_t* handles, int64_t n, const int32_t* steps);
 int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* erased);
@@ -66,3 +67,4 @@ int64_t grzoo_storage_bytes(GrzooStorage* storage);
 #ifdef __cplusplus
 }
 #endif
+#pragma GCC visibility pop

@@ -1,0 +1,39 @@
+"""The host backend: tables in C++, compiled on first use with the system's compiler.
+
+Environment: `GRZOO_CACHE` (folder of compiled libraries), `CXX` (compiler), `GRZOO_NUM_THREADS` (default: torch's),
+`GRZOO_MEMORY_LIMIT` (bytes that all tables of a process may take; default: what the machine has left).
+"""
+
+from collections.abc import Sequence
+
+from grzoo.embeddings.kernels.base import Backend, RowInit, TableStorage, Unique
+from torch import Tensor
+
+from .functions import segment_sum, take_rows, unique
+from .library import library
+from .storage import HostStorage
+
+__all__ = ["HostBackend", "HostStorage", "load", "segment_sum", "take_rows", "unique"]
+
+
+class HostBackend(Backend):
+    """Tables and kernels in C++."""
+
+    @property
+    def name(self) -> str:
+        return "host"
+
+    def create(self, dim: int, inits: Sequence[RowInit]) -> TableStorage:
+        return HostStorage(dim, inits)
+
+    def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
+        return unique(ids, tables)
+
+    def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
+        return segment_sum(values, index, num_segments, out)
+
+
+def load() -> Backend:
+    """Return the backend, compiling it first where it was not; BackendUnavailable says why it cannot run."""
+    library()
+    return HostBackend()

@@ -1,0 +1,192 @@
+// The C interface: turns exceptions into statuses and holds the lock of a storage during a call.
+#include "grzoo_host.h"
+
+#include <string.h>
+
+#include <memory>
+#include <new>
+#include <string>
+
+#include "common.h"
+#include "functions.h"
+#include "kernels.h"
+#include "memory.h"
+#include "storage.h"
+
+struct GrzooStorage : grzoo::Storage {
+    using grzoo::Storage::Storage;
+};
+
+namespace {
+
+thread_local std::string message;
+
+template <typename F>
+int guarded(F&& body) {
+    try {
+        body();
+        return GRZOO_OK;
+    } catch (const grzoo::InvalidArgument& error) {
+        message = error.what();
+        return GRZOO_INVALID;
+    } catch (const grzoo::OutOfMemory& error) {
+        message = error.what();
+        return GRZOO_MEMORY;
+    } catch (const std::bad_alloc&) {
+        message = "the system refused memory for the work of an embedding operation";
+        return GRZOO_MEMORY;
+    } catch (const std::exception& error) {
+        message = error.what();
+        return GRZOO_INTERNAL;
+    }
+}
+
+template <typename F>
+int locked(GrzooStorage* storage, F&& body) {
+    return guarded([&] {
+        std::lock_guard<std::mutex> lock(storage->mutex);
+        body();
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* grzoo_error(void) { return message.c_str(); }
+const char* grzoo_isa(void) { return grzoo::kernels().name; }
+
+int grzoo_set_isa(const char* name) {
+    return guarded([&] {
+        if (!grzoo::choose_kernels(name)) throw grzoo::InvalidArgument(std::string("this processor or build has no ") + name);
+    });
+}
+
+void grzoo_set_memory_limit(int64_t bytes) { grzoo::set_memory_limit(bytes); }
+int64_t grzoo_mapped_bytes(void) { return grzoo::mapped_bytes(); }
+
+int grzoo_unique(const int32_t* tables, const int64_t* ids, int64_t n, int32_t* unique_tables, int64_t* unique_ids,
+                 int64_t* inverse, int64_t* counts, int64_t* num_unique, int threads) {
+    return guarded([&] { *num_unique = grzoo::unique(tables, ids, n, unique_tables, unique_ids, inverse, counts, threads); });
+}
+
+int grzoo_segment_sum(const float* values, const int64_t* index, int64_t n, int64_t dim, int64_t segments, float* out,
+                      int accumulate, int threads) {
+    return guarded([&] { grzoo::segment_sum(values, index, n, dim, segments, out, accumulate != 0, threads); });
+}
+
+int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out, int threads) {
+    return guarded([&] { grzoo::take_rows(values, rows, index, n, dim, out, threads); });
+}
+
+int grzoo_storage_new(int64_t dim, GrzooStorage** out) {
+    return guarded([&] {
+        if (dim <= 0) throw grzoo::InvalidArgument("the width of a row is " + std::to_string(dim) + ": it must be positive");
+        *out = new GrzooStorage(dim);
+    });
+}
+
+void grzoo_storage_free(GrzooStorage* storage) { delete storage; }
+
+int grzoo_storage_initializer(GrzooStorage* storage, int32_t table, int kind, int64_t key, float value, const float* quantiles) {
+    return locked(storage, [&] {
+        if (kind < GRZOO_CONSTANT || kind > GRZOO_QUANTILE || (kind == GRZOO_QUANTILE && !quantiles))
+            throw grzoo::InvalidArgument("no initial law of kind " + std::to_string(kind));
+        storage->set_initializer(table, {kind, static_cast<uint64_t>(key), value, quantiles});
+    });
+}
+
+int grzoo_storage_set_slots(GrzooStorage* storage, int64_t count, const int64_t* widths, const float* fills, const int64_t* previous) {
+    return locked(storage, [&] {
+        std::vector<grzoo::Rows::NewSlot> slots;
+        for (int64_t k = 0; k < count; ++k) {
+            if (previous[k] >= 0 && storage->slot(previous[k]).width != widths[k])
+                throw grzoo::InvalidArgument("a slot that keeps its values keeps its width");
+            slots.push_back({widths[k], fills[k], previous[k]});
+        }
+        storage->set_slots(slots);
+    });
+}
+
+int grzoo_storage_find(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) {
+    return locked(storage, [&] { storage->find(tables, ids, n, handles, threads); });
+}
+
+int grzoo_storage_find_or_insert(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles,
+                                 int64_t* inserted, int threads) {
+    return locked(storage, [&] { *inserted = storage->find_or_insert(tables, ids, n, handles, threads); });
+}
+
+int grzoo_storage_gather(GrzooStorage* storage, const int64_t* handles, int64_t n, float* out, int threads) {
+    return locked(storage, [&] { storage->gather(handles, n, out, threads); });
+}
+
+int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out) {
+    return locked(storage, [&] {
+        storage->check_handles(handles, n, 0);
+        const grzoo::SlotPlace& place = storage->slot(slot);
+        for (int64_t i = 0; i < n; ++i)
+            memcpy(out + i * place.width, place.of(storage->rows().view(), handles[i]), sizeof(float) * static_cast<size_t>(place.width));
+    });
+}
+
+int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, const float* values) {
+    return locked(storage, [&] {
+        storage->check_handles(handles, n, 0);
+        const grzoo::SlotPlace& place = storage->slot(slot);
+        for (int64_t i = 0; i < n; ++i)
+            memcpy(place.of(storage->rows().view(), handles[i]), values + i * place.width, sizeof(float) * static_cast<size_t>(place.width));
+    });
+}
+
+int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows) {
+    return locked(storage, [&] {
+        storage->check_handles(handles, n, 0);
+        const grzoo::RowsView& view = storage->rows().view();
+        for (int64_t i = 0; i < n; ++i) memcpy(view.record(handles[i]), rows + i * view.dim, sizeof(float) * static_cast<size_t>(view.dim));
+    });
+}
+
+int grzoo_storage_gather_step(GrzooStorage* storage, const int64_t* handles, int64_t n, int32_t* out) {
+    return locked(storage, [&] {
+        storage->check_handles(handles, n, 0);
+        for (int64_t i = 0; i < n; ++i) out[i] = storage->rows().view().meta(handles[i])[0];
+    });
+}
+
+int grzoo_storage_scatter_step(GrzooStorage* storage, const int64_t* handles, int64_t n, const int32_t* steps) {
+    return locked(storage, [&] {
+        storage->check_handles(handles, n, 0);
+        for (int64_t i = 0; i < n; ++i) storage->rows().view().meta(handles[i])[0] = steps[i];
+    });
+}
+
+int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* erased) {
+    return locked(storage, [&] { *erased = storage->erase(tables, ids, n); });
+}
+
+int grzoo_storage_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t n,
+                         const float* grads, const GrzooHyper* hyper, int threads) {
+    return locked(storage, [&] { storage->update(rule, slots, handles, n, grads, *hyper, threads); });
+}
+
+int grzoo_storage_sum_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t rows,
+                             const float* grads, const int64_t* index, int64_t n, const GrzooHyper* hyper, int threads) {
+    return locked(storage, [&] { storage->sum_update(rule, slots, handles, rows, grads, index, n, *hyper, threads); });
+}
+
+int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int64_t* handles) {
+    return locked(storage, [&] { storage->keys(tables, ids, handles); });
+}
+
+int64_t grzoo_storage_size(GrzooStorage* storage) {
+    std::lock_guard<std::mutex> lock(storage->mutex);
+    return storage->size();
+}
+
+int64_t grzoo_storage_bytes(GrzooStorage* storage) {
+    std::lock_guard<std::mutex> lock(storage->mutex);
+    return storage->bytes();
+}
+
+}  // extern "C"

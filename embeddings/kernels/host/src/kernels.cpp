@@ -1,0 +1,273 @@
+// Compiled with -DGRZOO_ISA=baseline|avx2|avx512 and the flags of that instruction set. Products and sums are never
+// contracted and reductions have a fixed tree, so that all instruction sets give the same bits.
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "grzoo_host.h"
+
+#ifndef GRZOO_ISA
+#define GRZOO_ISA baseline
+#endif
+#define GRZOO_STRING_(x) #x
+#define GRZOO_STRING(x) GRZOO_STRING_(x)
+
+namespace grzoo {
+namespace GRZOO_ISA {
+namespace {
+
+constexpr int64_t kAhead = 8;            // rows that are prefetched before they are used
+constexpr int64_t kLine = 16;            // floats of a cache line
+
+inline uint64_t mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+template <int kWrite>
+inline void prefetch_row(const float* row, int64_t floats) {
+    for (int64_t j = 0; j < floats; j += kLine) __builtin_prefetch(row + j, kWrite, 3);
+    __builtin_prefetch(row + floats - 1, kWrite, 3);
+}
+
+// Past the caches: what is written here is read much later, and half of the memory traffic of a plain store is the
+// reading of what it overwrites. `out` on a 64-byte border, dim a multiple of 16.
+inline void stream_row(float* out, const float* row, int64_t dim) {
+#if defined(__clang__)
+    typedef float Vector __attribute__((vector_size(32)));
+    typedef float Unaligned __attribute__((vector_size(32), aligned(4)));
+    for (int64_t j = 0; j < dim; j += 8)
+        __builtin_nontemporal_store(*reinterpret_cast<const Unaligned*>(row + j), reinterpret_cast<Vector*>(out + j));
+#elif defined(__AVX__)
+    typedef float Vector __attribute__((vector_size(32)));
+    typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+    for (int64_t j = 0; j < dim; j += 8)
+        __builtin_ia32_movntps256(out + j, static_cast<Vector>(*reinterpret_cast<const Unaligned*>(row + j)));
+#elif defined(__x86_64__)
+    typedef float Vector __attribute__((vector_size(16)));
+    typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+    for (int64_t j = 0; j < dim; j += 4)
+        __builtin_ia32_movntps(out + j, static_cast<Vector>(*reinterpret_cast<const Unaligned*>(row + j)));
+#else
+    memcpy(out, row, sizeof(float) * static_cast<unsigned long>(dim));
+#endif
+}
+
+inline bool can_stream(const float* out, int64_t dim, int64_t rows) {
+    return dim % kLine == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0 && rows * dim >= (1 << 18);   // 1 MiB: more than stays near
+}
+
+inline void finish_streaming() {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+}
+
+inline void copy_row(float* __restrict__ out, const float* __restrict__ row, int64_t dim) {
+    for (int64_t j = 0; j < dim; ++j) out[j] = row[j];
+}
+
+void gather(const RowsView& rows, const int64_t* handles, int64_t begin, int64_t end, float* out) {
+    const int64_t dim = rows.dim;
+    const bool stream = can_stream(out, dim, end - begin);
+    for (int64_t i = begin; i < end; ++i) {
+        if (i + kAhead < end && handles[i + kAhead] >= 0) prefetch_row<0>(rows.record(handles[i + kAhead]), dim);
+        if (handles[i] < 0)
+            memset(out + i * dim, 0, sizeof(float) * dim);
+        else if (stream)
+            stream_row(out + i * dim, rows.record(handles[i]), dim);
+        else
+            copy_row(out + i * dim, rows.record(handles[i]), dim);
+    }
+    if (stream) finish_streaming();
+}
+
+void take_rows(const float* values, const int64_t* index, int64_t begin, int64_t end, int64_t dim, float* out) {
+    const bool stream = can_stream(out, dim, end - begin);
+    for (int64_t i = begin; i < end; ++i) {
+        if (i + kAhead < end) prefetch_row<0>(values + index[i + kAhead] * dim, dim);
+        if (stream)
+            stream_row(out + i * dim, values + index[i] * dim, dim);
+        else
+            copy_row(out + i * dim, values + index[i] * dim, dim);
+    }
+    if (stream) finish_streaming();
+}
+
+inline void add_row(float* __restrict__ out, const float* __restrict__ row, int64_t dim) {
+    for (int64_t j = 0; j < dim; ++j) out[j] += row[j];
+}
+
+void add_rows(const float* values, const int64_t* index, const uint32_t* positions, int64_t count, int64_t dim, float* out,
+              uint8_t* seen) {
+    for (int64_t k = 0; k < count; ++k) {
+        if (k + kAhead < count) {
+            const int64_t ahead = positions ? positions[k + kAhead] : k + kAhead;
+            prefetch_row<1>(out + index[ahead] * dim, dim);
+            prefetch_row<0>(values + ahead * dim, dim);
+        }
+        const int64_t p = positions ? positions[k] : k, s = index[p];
+        if (seen[s]) {
+            add_row(out + s * dim, values + p * dim, dim);
+        } else {
+            seen[s] = 1;
+            copy_row(out + s * dim, values + p * dim, dim);
+        }
+    }
+}
+
+void sum_sorted(const float* values, const uint32_t* order, const int64_t* offsets, int64_t begin, int64_t end, int64_t dim,
+                float* sums) {
+    const int64_t last = offsets[end];
+    for (int64_t s = begin; s < end; ++s) {
+        float* sum = sums + (s - begin) * dim;
+        const int64_t first = offsets[s];
+        if (first == offsets[s + 1]) memset(sum, 0, sizeof(float) * dim);
+        for (int64_t k = first; k < offsets[s + 1]; ++k) {
+            if (k + kAhead < last) prefetch_row<0>(values + int64_t(order[k + kAhead]) * dim, dim);
+            const float* row = values + int64_t(order[k]) * dim;
+            if (k == first)
+                copy_row(sum, row, dim);
+            else
+                add_row(sum, row, dim);
+        }
+    }
+}
+
+void initial(const InitLaw& law, int64_t id, const uint64_t* column_words, int64_t dim, float* row) {
+    if (law.kind == GRZOO_CONSTANT) {
+        for (int64_t j = 0; j < dim; ++j) row[j] = law.value;
+        return;
+    }
+    const uint64_t base = mix(law.key + 0x9E3779B97F4A7C15ull + mix(static_cast<uint64_t>(id) + 0x632BE59BD9B4E019ull));
+    if (law.kind == GRZOO_UNIFORM) {
+        for (int64_t j = 0; j < dim; ++j) {
+            const int32_t s = static_cast<int32_t>(mix(base + column_words[j]) >> 40) - (1 << 23);
+            row[j] = law.value * static_cast<float>(s);
+        }
+        return;
+    }
+    for (int64_t j = 0; j < dim; ++j) row[j] = law.value * law.quantiles[mix(base + column_words[j]) >> 48];
+}
+
+void prefetch_update(const RowsView& rows, int64_t h) {
+    prefetch_row<1>(rows.record(h), rows.record_floats);
+    __builtin_prefetch(rows.meta(h), 1, 3);
+}
+
+// apply(p, g, rule, h, t) on every row, the step of the row counted first.
+template <typename Apply>
+inline void for_each_row(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin,
+                         int64_t end, Apply apply) {
+    constexpr int64_t kUpdateAhead = 6;
+    for (int64_t i = begin; i < begin + kUpdateAhead && i < end; ++i) prefetch_update(rows, handles[i]);
+    for (int64_t i = begin; i < end; ++i) {
+        if (i + kUpdateAhead < end) prefetch_update(rows, handles[i + kUpdateAhead]);
+        const int64_t h = handles[i];
+        const int32_t t = ++rows.meta(h)[0];
+        apply(rows.record(h), grads + i * rows.dim, rule.slots, h, t);
+    }
+}
+
+void sgd(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin, int64_t end) {
+    const float lr = rule.lr, momentum = rule.momentum, decay = rule.weight_decay;
+    const int64_t dim = rows.dim;
+    for_each_row(rows, rule, handles, grads, begin, end,
+                 [&](float* __restrict__ p, const float* __restrict__ g, const SlotPlace* slots, int64_t h, int32_t) {
+                     if (momentum == 0) {
+                         for (int64_t j = 0; j < dim; ++j) p[j] -= lr * (decay == 0 ? g[j] : g[j] + decay * p[j]);
+                         return;
+                     }
+                     float* __restrict__ b = slots[0].of(rows, h);
+                     for (int64_t j = 0; j < dim; ++j) {
+                         b[j] = b[j] * momentum + (decay == 0 ? g[j] : g[j] + decay * p[j]);
+                         p[j] -= lr * b[j];
+                     }
+                 });
+}
+
+void adagrad(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin, int64_t end) {
+    const float lr = rule.lr, eps = rule.eps;
+    const int64_t dim = rows.dim;
+    for_each_row(rows, rule, handles, grads, begin, end,
+                 [&](float* __restrict__ p, const float* __restrict__ g, const SlotPlace* slots, int64_t h, int32_t) {
+                     float* __restrict__ sum = slots[0].of(rows, h);
+                     for (int64_t j = 0; j < dim; ++j) {
+                         sum[j] += g[j] * g[j];
+                         p[j] -= lr * g[j] / (sqrtf(sum[j]) + eps);
+                     }
+                 });
+}
+
+inline float mean_square(const float* g, int64_t dim) {
+    double lanes[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    int64_t j = 0;
+    for (; j + 8 <= dim; j += 8)
+        for (int l = 0; l < 8; ++l) lanes[l] += double(g[j + l]) * double(g[j + l]);
+    for (int l = 0; j < dim; ++j, ++l) lanes[l] += double(g[j]) * double(g[j]);
+    const double sum = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+    return static_cast<float>(sum / double(dim));
+}
+
+void rowwise_adagrad(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin,
+                     int64_t end) {
+    const float lr = rule.lr, eps = rule.eps;
+    const int64_t dim = rows.dim;
+    for_each_row(rows, rule, handles, grads, begin, end,
+                 [&](float* __restrict__ p, const float* __restrict__ g, const SlotPlace* slots, int64_t h, int32_t) {
+                     float* sum = slots[0].of(rows, h);
+                     *sum += mean_square(g, dim);
+                     const float root = sqrtf(*sum) + eps;
+                     for (int64_t j = 0; j < dim; ++j) p[j] -= lr * g[j] / root;
+                 });
+}
+
+// kDecay: 0 none, 1 into the gradient (adam), 2 of the row (adamw)
+template <int kDecay>
+void adam_rows(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin,
+               int64_t end) {
+    const float beta2 = rule.beta2, eps = rule.eps, w1 = rule.first_weight, w2 = rule.second_weight;
+    const float decay = rule.weight_decay, shrink = rule.decay_factor;
+    const bool near_old = w1 < 0.5f;       // the two forms of lerp: each exact at its own end
+    const int64_t dim = rows.dim;
+    for_each_row(
+        rows, rule, handles, grads, begin, end,
+        [&](float* __restrict__ p, const float* __restrict__ g, const SlotPlace* slots, int64_t h, int32_t t) {
+            float* __restrict__ m = slots[0].of(rows, h);
+            float* __restrict__ v = slots[1].of(rows, h);
+            const Correction c = rule.has_global                ? rule.global
+                                 : t < rule.correction_count ? rule.corrections[t]
+                                                             : rule.correction_of(rule, t);
+            const float step_size = static_cast<float>(rule.lr_exact / c.first), root = c.root;
+            for (int64_t j = 0; j < dim; ++j) {
+                float x = p[j], grad = g[j];
+                if (kDecay == 1) grad = grad + decay * x;
+                if (kDecay == 2) x = x * shrink;
+                const float first = near_old ? m[j] + w1 * (grad - m[j]) : grad - (grad - m[j]) * (1 - w1);
+                const float second = v[j] * beta2 + w2 * grad * grad;
+                m[j] = first;
+                v[j] = second;
+                p[j] = x - step_size * first / (sqrtf(second) / root + eps);
+            }
+        });
+}
+
+void adam(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin, int64_t end) {
+    (rule.weight_decay == 0 ? adam_rows<0> : adam_rows<1>)(rows, rule, handles, grads, begin, end);
+}
+
+void adamw(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin, int64_t end) {
+    (rule.weight_decay == 0 ? adam_rows<0> : adam_rows<2>)(rows, rule, handles, grads, begin, end);
+}
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {
+    GRZOO_STRING(GRZOO_ISA), gather, take_rows, add_rows, sum_sorted, initial, {sgd, adagrad, rowwise_adagrad, adam, adamw},
+};
+
+}  // namespace GRZOO_ISA
+}  // namespace grzoo

@@ -1,0 +1,73 @@
+// The loops over floats, compiled once per instruction set. No standard library here: an inline function of it, compiled
+// for a wide instruction set, could be the copy that the linker keeps for all.
+#pragma once
+#include <stdint.h>
+
+namespace grzoo {
+
+// Where the rows are. Record of row h: [embedding | wide slots] floats; meta: [step | narrow slots] words of 4 bytes.
+struct RowsView {
+    float* const* records;
+    int32_t* const* metas;
+    int shift;                 // rows of a chunk: 2^shift
+    int64_t dim, record_floats, meta_words;
+
+    float* record(int64_t h) const { return records[h >> shift] + (h & ((int64_t(1) << shift) - 1)) * record_floats; }
+    int32_t* meta(int64_t h) const { return metas[h >> shift] + (h & ((int64_t(1) << shift) - 1)) * meta_words; }
+};
+
+struct SlotPlace {
+    bool in_meta;
+    int64_t offset, width;
+    float fill;
+
+    float* of(const RowsView& rows, int64_t h) const {
+        return in_meta ? reinterpret_cast<float*>(rows.meta(h)) + offset : rows.record(h) + offset;
+    }
+};
+
+struct InitLaw {
+    int kind;
+    uint64_t key;
+    float value;
+    const float* quantiles;
+};
+
+struct Correction {            // of Adam, for one value of the step: 1 - beta1^t, sqrt(1 - beta2^t)
+    double first;
+    float root;
+};
+
+struct UpdateRule {
+    float lr, momentum, weight_decay, decay_factor, beta2, eps, first_weight, second_weight;
+    double lr_exact, beta1_exact, beta2_exact;
+    const Correction* corrections;      // of steps 0 .. correction_count - 1
+    int64_t correction_count;
+    Correction global;                  // used when has_global
+    bool has_global;
+    Correction (*correction_of)(const UpdateRule&, int64_t step);
+    SlotPlace slots[2];
+};
+
+struct Kernels {
+    const char* name;
+    // out[i] = row of handles[i], zeros for -1
+    void (*gather)(const RowsView&, const int64_t* handles, int64_t begin, int64_t end, float* out);
+    // out[i] = values[index[i]]
+    void (*take_rows)(const float* values, const int64_t* index, int64_t begin, int64_t end, int64_t dim, float* out);
+    // out[index[p]] += values[p] for p = positions[k] (or k itself when null), in this order; seen[s] == 0: out[s] is written first
+    void (*add_rows)(const float* values, const int64_t* index, const uint32_t* positions, int64_t count, int64_t dim,
+                     float* out, uint8_t* seen);
+    // sums[s - begin] = sum over k in [offsets[s], offsets[s + 1]) of values[order[k]], for s in [begin, end)
+    void (*sum_sorted)(const float* values, const uint32_t* order, const int64_t* offsets, int64_t begin, int64_t end,
+                       int64_t dim, float* sums);
+    // row[c] for the columns; column_words[c] = 0x9E3779B97F4A7C15 + mix64(c + 0x632BE59BD9B4E019)
+    void (*initial)(const InitLaw&, int64_t id, const uint64_t* column_words, int64_t dim, float* row);
+    void (*update[5])(const RowsView&, const UpdateRule&, const int64_t* handles, const float* grads, int64_t begin,
+                      int64_t end);
+};
+
+const Kernels& kernels();                 // of the widest instruction set that runs here
+bool choose_kernels(const char* name);    // false when it is not compiled in or does not run here
+
+}  // namespace grzoo

@@ -1,0 +1,52 @@
+// Rows and their state, in chunks that never move; freed rows are used again, the last freed first.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace grzoo {
+
+class Rows {
+public:
+    explicit Rows(int64_t dim);
+    Rows(const Rows&) = delete;
+    Rows& operator=(const Rows&) = delete;
+    ~Rows();
+
+    const RowsView& view() const { return view_; }
+    const std::vector<SlotPlace>& slots() const { return slots_; }
+    int64_t used() const { return used_; }     // rows that were ever handed out: valid handles are below
+    int64_t bytes() const;
+
+    void reserve(int64_t more);                // room for `more` rows, or OutOfMemory with nothing changed
+    uint32_t take();                           // one row out of that room
+    void give_back(uint32_t row) { free_.push_back(row); }
+    void fill_state(int64_t row) const;        // step 0 and the fill value in every slot
+
+    struct NewSlot {
+        int64_t width;
+        float fill;
+        int64_t previous;                      // of the present slots, or -1
+    };
+    void set_slots(const std::vector<NewSlot>& slots);
+
+private:
+    void add_chunk();
+    void drop_chunks();
+    void copy_row(const Rows& from, int64_t row, const std::vector<NewSlot>& wanted) const;
+    int64_t chunk_rows() const { return int64_t(1) << view_.shift; }
+    size_t record_bytes() const { return sizeof(float) * static_cast<size_t>(view_.record_floats * chunk_rows()); }
+    size_t meta_bytes() const { return sizeof(int32_t) * static_cast<size_t>(view_.meta_words * chunk_rows()); }
+
+    RowsView view_{};
+    std::vector<SlotPlace> slots_;
+    std::vector<float*> records_;
+    std::vector<int32_t*> metas_;
+    std::vector<uint32_t> free_;
+    int64_t used_ = 0;
+};
+
+}  // namespace grzoo

@@ -1,0 +1,215 @@
+#include "storage.h"
+
+#include <math.h>
+
+#include "functions.h"
+#include "pool.h"
+
+namespace grzoo {
+namespace {
+
+constexpr int64_t kIdsPerThread = 1 << 11;          // ids that are worth a thread
+constexpr int64_t kKeysAhead = 16;
+constexpr int64_t kCorrections = 1 << 14;    // steps with a stored bias correction; later ones are computed
+constexpr int64_t kBlock = 16;               // rows that are summed before they are updated
+
+Correction correction_of(const UpdateRule& rule, int64_t step) {
+    return {1 - pow(rule.beta1_exact, double(step)), static_cast<float>(sqrt(1 - pow(rule.beta2_exact, double(step))))};
+}
+
+int slots_needed(int rule, const UpdateRule& update) {
+    if (rule == GRZOO_SGD) return update.momentum != 0 ? 1 : 0;
+    return rule == GRZOO_ADAM || rule == GRZOO_ADAMW ? 2 : 1;
+}
+
+}  // namespace
+
+Storage::Storage(int64_t dim) : rows_(dim) {
+    for (int64_t column = 0; column < dim; ++column)
+        column_words_.push_back(0x9E3779B97F4A7C15ull + mix64(static_cast<uint64_t>(column) + 0x632BE59BD9B4E019ull));
+}
+
+void Storage::set_initializer(int32_t table, const InitLaw& law) {
+    if (table != static_cast<int32_t>(laws_.size())) throw InvalidArgument("initial laws are given in the order of the tables");
+    laws_.push_back(law);
+}
+
+const SlotPlace& Storage::slot(int64_t number) const {
+    if (number < 0 || number >= static_cast<int64_t>(rows_.slots().size())) throw InvalidArgument("no slot " + std::to_string(number));
+    return rows_.slots()[static_cast<size_t>(number)];
+}
+
+void Storage::check_handles(const int64_t* handles, int64_t n, int64_t low) const {
+    check_range(handles, n, low, rows_.used(), "handle");
+}
+
+void Storage::check_tables(const int32_t* tables, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i)
+        if (tables[i] < 0 || tables[i] >= static_cast<int64_t>(laws_.size()))
+            throw InvalidArgument("table " + std::to_string(tables[i]) + " at position " + std::to_string(i) + " is not one of the " +
+                                  std::to_string(laws_.size()) + " of this storage");
+}
+
+void Storage::find(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) const {
+    check_tables(tables, n);
+    parallel_ranges(n, threads, kIdsPerThread, [&](int64_t begin, int64_t end) {
+        uint64_t hashes[2 * kKeysAhead];
+        for (int64_t i = begin; i < end && i < begin + kKeysAhead; ++i)
+            index_.prefetch(hashes[i % (2 * kKeysAhead)] = key_hash(tables[i], ids[i]));
+        for (int64_t i = begin; i < end; ++i) {
+            if (i + kKeysAhead < end) index_.prefetch(hashes[(i + kKeysAhead) % (2 * kKeysAhead)] = key_hash(tables[i + kKeysAhead], ids[i + kKeysAhead]));
+            const uint32_t row = index_.find(hashes[i % (2 * kKeysAhead)], tables[i], ids[i]);
+            handles[i] = row == Index::kAbsent ? -1 : int64_t(row);
+        }
+    });
+}
+
+int64_t Storage::find_or_insert(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) {
+    find(tables, ids, n, handles, threads);
+    std::vector<int64_t> missing;
+    for (int64_t i = 0; i < n; ++i)
+        if (handles[i] < 0) missing.push_back(i);
+    if (missing.empty()) return 0;
+    const int64_t before = size_;
+    insert_missing(tables, ids, missing, handles, threads);
+    return size_ - before;
+}
+
+void Storage::insert_missing(const int32_t* tables, const int64_t* ids, const std::vector<int64_t>& missing, int64_t* handles,
+                             int threads) {
+    const int64_t n = static_cast<int64_t>(missing.size());
+    std::vector<uint64_t> hashes(missing.size());
+    std::vector<int64_t> per_segment(Index::kSegments, 0);
+    for (size_t k = 0; k < missing.size(); ++k) {
+        hashes[k] = key_hash(tables[missing[k]], ids[missing[k]]);
+        ++per_segment[static_cast<size_t>(Index::segment_of(hashes[k]))];
+    }
+    for (int segment = 0; segment < Index::kSegments; ++segment)
+        if (per_segment[static_cast<size_t>(segment)]) index_.reserve(segment, per_segment[static_cast<size_t>(segment)]);
+    rows_.reserve(n);
+    std::vector<uint32_t> repeated;                                // rows of pairs that came twice in this call
+    for (size_t k = 0; k < missing.size(); ++k) {
+        if (k + kKeysAhead < missing.size()) index_.prefetch(hashes[k + kKeysAhead]);
+        const int64_t i = missing[k];
+        const uint32_t row = rows_.take(), held = index_.insert(hashes[k], tables[i], ids[i], row);
+        handles[i] = held;
+        if (held != row) repeated.push_back(row);
+    }
+    for (uint32_t row : repeated) rows_.give_back(row);
+    size_ += n - static_cast<int64_t>(repeated.size());
+    const RowsView view = rows_.view();
+    parallel_ranges(n, threads, kIdsPerThread / 8, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+            const int64_t i = missing[static_cast<size_t>(k)];
+            kernels().initial(laws_[static_cast<size_t>(tables[i])], ids[i], column_words_.data(), view.dim, view.record(handles[i]));
+            rows_.fill_state(handles[i]);
+        }
+    });
+}
+
+int64_t Storage::erase(const int32_t* tables, const int64_t* ids, int64_t n) {
+    check_tables(tables, n);
+    int64_t erased = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (i + kKeysAhead < n) index_.prefetch(key_hash(tables[i + kKeysAhead], ids[i + kKeysAhead]));
+        const uint32_t row = index_.erase(key_hash(tables[i], ids[i]), tables[i], ids[i]);
+        if (row == Index::kAbsent) continue;
+        rows_.give_back(row);
+        ++erased;
+    }
+    size_ -= erased;
+    return erased;
+}
+
+void Storage::gather(const int64_t* handles, int64_t n, float* out, int threads) const {
+    check_handles(handles, n, -1);
+    const RowsView view = rows_.view();
+    parallel_ranges(n, threads, kIdsPerThread, [&](int64_t begin, int64_t end) { kernels().gather(view, handles, begin, end, out); });
+}
+
+void Storage::refresh_corrections(const GrzooHyper& hyper) {
+    if (corrections_beta1_ == hyper.beta1 && corrections_beta2_ == hyper.beta2) return;
+    UpdateRule rule{};
+    rule.beta1_exact = hyper.beta1;
+    rule.beta2_exact = hyper.beta2;
+    corrections_.resize(kCorrections);
+    for (int64_t step = 0; step < kCorrections; ++step) corrections_[static_cast<size_t>(step)] = correction_of(rule, step);
+    corrections_beta1_ = hyper.beta1;
+    corrections_beta2_ = hyper.beta2;
+}
+
+UpdateRule Storage::make_rule(int rule, const int64_t* slots, const GrzooHyper& hyper) {
+    if (rule < GRZOO_SGD || rule > GRZOO_ADAMW) throw InvalidArgument("no update rule " + std::to_string(rule));
+    UpdateRule update{};
+    update.lr = static_cast<float>(hyper.lr);
+    update.momentum = static_cast<float>(hyper.momentum);
+    update.weight_decay = static_cast<float>(hyper.weight_decay);
+    update.decay_factor = static_cast<float>(1 - hyper.lr * hyper.weight_decay);
+    update.beta2 = static_cast<float>(hyper.beta2);
+    update.eps = static_cast<float>(hyper.eps);
+    update.first_weight = static_cast<float>(1 - hyper.beta1);
+    update.second_weight = static_cast<float>(1 - hyper.beta2);
+    update.lr_exact = hyper.lr;
+    update.beta1_exact = hyper.beta1;
+    update.beta2_exact = hyper.beta2;
+    update.correction_of = correction_of;
+    update.has_global = hyper.step > 0;
+    for (int k = 0; k < slots_needed(rule, update); ++k) {
+        update.slots[k] = slot(slots[k]);
+        if (update.slots[k].width != (rule == GRZOO_ROWWISE_ADAGRAD ? 1 : rows_.view().dim))
+            throw InvalidArgument("a slot of this rule has width " + std::to_string(update.slots[k].width));
+    }
+    if (rule != GRZOO_ADAM && rule != GRZOO_ADAMW) return update;
+    if (update.has_global) {
+        update.global = {1 - pow(hyper.beta1, hyper.step), static_cast<float>(sqrt(1 - pow(hyper.beta2, hyper.step)))};
+    } else {
+        refresh_corrections(hyper);
+        update.corrections = corrections_.data();
+        update.correction_count = kCorrections;
+    }
+    return update;
+}
+
+void Storage::update(int rule, const int64_t* slots, const int64_t* handles, int64_t n, const float* grads,
+                     const GrzooHyper& hyper, int threads) {
+    const UpdateRule update = make_rule(rule, slots, hyper);
+    check_handles(handles, n, 0);
+    const RowsView view = rows_.view();
+    parallel_ranges(n, threads, kIdsPerThread / 4,
+                    [&](int64_t begin, int64_t end) { kernels().update[rule](view, update, handles, grads, begin, end); });
+}
+
+void Storage::sum_update(int rule, const int64_t* slots, const int64_t* handles, int64_t rows, const float* grads,
+                         const int64_t* index, int64_t n, const GrzooHyper& hyper, int threads) {
+    const UpdateRule update = make_rule(rule, slots, hyper);
+    check_handles(handles, rows, 0);
+    check_range(index, n, 0, rows, "segment");
+    if (n >= int64_t(UINT32_MAX)) throw InvalidArgument("sum_update takes at most 2^32 - 2 values");
+    std::vector<int64_t> offsets;
+    std::vector<uint32_t> order;
+    sort_by_segment(index, n, rows, offsets, order);
+    const RowsView view = rows_.view();
+    const int parts = parts_for(n, threads, kIdsPerThread / 4);
+    const std::vector<int64_t> borders = split_segments(offsets, parts);
+    std::vector<float> sums(static_cast<size_t>(parts * kBlock * view.dim));
+    parallel(parts, [&](int part) {
+        float* block = sums.data() + part * kBlock * view.dim;
+        const int64_t end = borders[static_cast<size_t>(part) + 1];
+        for (int64_t s = borders[static_cast<size_t>(part)]; s < end; s += kBlock) {
+            const int64_t count = std::min(kBlock, end - s);
+            kernels().sum_sorted(grads, order.data(), offsets.data(), s, s + count, view.dim, block);
+            kernels().update[rule](view, update, handles + s, block, 0, count);
+        }
+    });
+}
+
+void Storage::keys(int32_t* tables, int64_t* ids, int64_t* handles) const {
+    int64_t n = 0;
+    index_.for_each([&](const Index::Slot& slot) {
+        tables[n] = slot.table;
+        ids[n] = slot.id;
+        handles[n++] = slot.row;
+    });
+}
+
+}  // namespace grzoo

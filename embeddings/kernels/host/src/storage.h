@@ -1,0 +1,54 @@
+// One physical table: index, rows and the laws of initial values.
+#pragma once
+#include <stdint.h>
+
+#include <mutex>
+#include <vector>
+
+#include "grzoo_host.h"
+#include "index.h"
+#include "rows.h"
+
+namespace grzoo {
+
+class Storage {
+public:
+    explicit Storage(int64_t dim);
+
+    void set_initializer(int32_t table, const InitLaw& law);
+    void set_slots(const std::vector<Rows::NewSlot>& slots) { rows_.set_slots(slots); }
+    void find(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) const;
+    int64_t find_or_insert(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads);
+    int64_t erase(const int32_t* tables, const int64_t* ids, int64_t n);
+    void gather(const int64_t* handles, int64_t n, float* out, int threads) const;
+    void update(int rule, const int64_t* slots, const int64_t* handles, int64_t n, const float* grads,
+                const GrzooHyper& hyper, int threads);
+    void sum_update(int rule, const int64_t* slots, const int64_t* handles, int64_t rows, const float* grads,
+                    const int64_t* index, int64_t n, const GrzooHyper& hyper, int threads);
+    void keys(int32_t* tables, int64_t* ids, int64_t* handles) const;
+
+    const Rows& rows() const { return rows_; }
+    const SlotPlace& slot(int64_t number) const;
+    void check_handles(const int64_t* handles, int64_t n, int64_t low) const;
+    int64_t size() const { return size_; }
+    int64_t bytes() const { return index_.bytes() + rows_.bytes(); }
+
+    std::mutex mutex;        // every call of the C interface holds it
+
+private:
+    void check_tables(const int32_t* tables, int64_t n) const;
+    void insert_missing(const int32_t* tables, const int64_t* ids, const std::vector<int64_t>& missing, int64_t* handles,
+                        int threads);
+    UpdateRule make_rule(int rule, const int64_t* slots, const GrzooHyper& hyper);
+    void refresh_corrections(const GrzooHyper& hyper);
+
+    Index index_;
+    Rows rows_;
+    int64_t size_ = 0;
+    std::vector<InitLaw> laws_;
+    std::vector<uint64_t> column_words_;
+    std::vector<Correction> corrections_;
+    double corrections_beta1_ = -1, corrections_beta2_ = -1;
+};
+
+}  // namespace grzoo

@@ -1,0 +1,179 @@
+"""Dynamic tables in C++."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from ctypes import byref, c_float, c_int64, c_void_p
+
+import torch
+from grzoo.embeddings.kernels.base import RULES, STEP_SLOT, RowInit, Slot, TableStorage
+from torch import Tensor
+
+from .library import Hyper, call, library, num_threads, pointer
+
+_KINDS = {"constant": 0, "uniform": 1, "quantile": 2}  # as in src/grzoo_host.h
+_RULE_NUMBER = {name: number for number, name in enumerate(RULES)}
+_HYPER = {
+    "sgd": {"lr", "momentum", "weight_decay"},
+    "adagrad": {"lr", "eps"},
+    "rowwise_adagrad": {"lr", "eps"},
+    "adam": {"lr", "beta1", "beta2", "eps", "weight_decay", "step"},
+    "adamw": {"lr", "beta1", "beta2", "eps", "weight_decay", "step"},
+}
+_RULE_SLOTS = {
+    "sgd": ("momentum_buffer",),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
+
+
+class HostStorage(TableStorage):
+    """A handle is a row number; rows with their state lie in chunks of a few megabytes that never move.
+
+    Results do not depend on the number of threads. Calls from several threads wait for each other.
+    `MemoryError` is raised, with the table unchanged, before growth takes what the machine needs to live.
+    """
+
+    def __init__(self, dim: int, inits: Sequence[RowInit]) -> None:
+        address = c_void_p()
+        call("storage_new", dim, byref(address))
+        self._dim = dim
+        self._address: c_void_p | None = address
+        self._finalizer = weakref.finalize(self, library().grzoo_storage_free, address)
+        self._quantiles = [init.quantiles for init in inits]  # the kernels read them for as long as the storage lives
+        self._layout: list[Slot] = []
+        for table, init in enumerate(inits):
+            if init.kind not in _KINDS:
+                raise ValueError(f"unknown initial law {init.kind!r}: use one of {sorted(_KINDS)}")
+            factor = init.scale * 2.0**-23 if init.kind == "uniform" else init.scale
+            quantiles = pointer(init.quantiles, torch.float32, 65536, name="quantiles")
+            call("storage_initializer", address, table, _KINDS[init.kind], init.key, factor, quantiles)
+
+    @property
+    def dim(self) -> int:
+        return self._dim
+
+    @property
+    def _open(self) -> c_void_p:
+        if self._address is None:
+            raise RuntimeError("this embedding table was closed")
+        return self._address
+
+    def set_slots(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            if slot.width not in (1, self._dim) or slot.name == STEP_SLOT:
+                raise ValueError(f"{slot} must have width 1 or {self._dim} and a name other than {STEP_SLOT!r}")
+        present = {(slot.name, slot.width): k for k, slot in enumerate(self._layout)}
+        count = len(slots)
+        widths = (c_int64 * count)(*(slot.width for slot in slots))
+        fills = (c_float * count)(*(slot.fill for slot in slots))
+        previous = (c_int64 * count)(*(present.get((slot.name, slot.width), -1) for slot in slots))
+        call("storage_set_slots", self._open, count, widths, fills, previous)
+        self._layout = list(slots)
+
+    def find(self, tables: Tensor, ids: Tensor) -> Tensor:
+        n, handles = len(ids), torch.empty_like(ids)
+        call("storage_find", self._open, *self._pairs(tables, ids), n, handles.data_ptr(), num_threads())
+        return handles
+
+    def find_or_insert(self, tables: Tensor, ids: Tensor) -> tuple[Tensor, int]:
+        n, handles, inserted = len(ids), torch.empty_like(ids), c_int64()
+        pairs = self._pairs(tables, ids)
+        call("storage_find_or_insert", self._open, *pairs, n, handles.data_ptr(), byref(inserted), num_threads())
+        return handles, inserted.value
+
+    def gather(self, handles: Tensor, out: Tensor | None = None) -> Tensor:
+        n = len(handles)
+        if out is None:
+            out = torch.empty(n, self._dim, dtype=torch.float32, device="cpu")
+        target = pointer(out, torch.float32, n, self._dim, name="out")
+        call("storage_gather", self._open, self._handles(handles), n, target, num_threads())
+        return out
+
+    def gather_slot(self, name: str, handles: Tensor) -> Tensor:
+        n = len(handles)
+        if name == STEP_SLOT:
+            steps = torch.empty(n, 1, dtype=torch.int32, device="cpu")
+            call("storage_gather_step", self._open, self._handles(handles), n, steps.data_ptr())
+            return steps
+        number = self._slot(name)
+        values = torch.empty(n, self._layout[number].width, dtype=torch.float32, device="cpu")
+        call("storage_gather_slot", self._open, number, self._handles(handles), n, values.data_ptr())
+        return values
+
+    def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
+        storage, n, where = self._open, len(handles), self._handles(handles)
+        if rows is not None:
+            call("storage_scatter", storage, where, n, pointer(rows, torch.float32, n, self._dim, name="rows"))
+        for name, values in slots.items():
+            if name == STEP_SLOT:
+                call("storage_scatter_step", storage, where, n, pointer(values, torch.int32, n, 1, name=name))
+            else:
+                number = self._slot(name)
+                source = pointer(values, torch.float32, n, self._layout[number].width, name=name)
+                call("storage_scatter_slot", storage, number, where, n, source)
+
+    def erase(self, tables: Tensor, ids: Tensor) -> int:
+        erased = c_int64()
+        call("storage_erase", self._open, *self._pairs(tables, ids), len(ids), byref(erased))
+        return erased.value
+
+    def update(self, rule: str, handles: Tensor, grads: Tensor, **hyper: float) -> None:
+        storage, n = self._open, len(handles)
+        number, slots, values = self._rule(rule, hyper)
+        source = pointer(grads, torch.float32, n, self._dim, name="grads")
+        call("storage_update", storage, number, slots, self._handles(handles), n, source, byref(values), num_threads())
+
+    def sum_update(self, rule: str, handles: Tensor, grads: Tensor, index: Tensor, **hyper: float) -> None:
+        """Equal `update(rule, handles, segment_sum(grads, index, len(handles)), **hyper)` without storing the sums.
+
+        `grads` float32 [n, dim] of occurrences, `index` int64 [n] into `handles`.
+        """
+        storage, rows, n = self._open, len(handles), len(grads)
+        number, slots, values = self._rule(rule, hyper)
+        sources = (
+            pointer(grads, torch.float32, n, self._dim, name="grads"),
+            pointer(index, torch.int64, n, name="index"),
+        )
+        where = (self._handles(handles), rows)
+        call("storage_sum_update", storage, number, slots, *where, *sources, n, byref(values), num_threads())
+
+    def keys(self) -> tuple[Tensor, Tensor, Tensor]:
+        n = len(self)
+        tables = torch.empty(n, dtype=torch.int32, device="cpu")
+        ids, handles = torch.empty(2, n, dtype=torch.int64, device="cpu").unbind()
+        call("storage_keys", self._open, tables.data_ptr(), ids.data_ptr(), handles.data_ptr())
+        return tables, ids, handles
+
+    def __len__(self) -> int:
+        return int(library().grzoo_storage_size(self._open))
+
+    def memory_bytes(self) -> int:
+        return int(library().grzoo_storage_bytes(self._open))
+
+    def close(self) -> None:
+        self._address = None
+        self._finalizer()
+
+    def _pairs(self, tables: Tensor, ids: Tensor) -> tuple[int | None, int | None]:
+        n = len(ids)
+        return pointer(tables, torch.int32, n, name="tables"), pointer(ids, torch.int64, n, name="ids")
+
+    def _handles(self, handles: Tensor) -> int | None:
+        return pointer(handles, torch.int64, len(handles), name="handles")
+
+    def _slot(self, name: str) -> int:
+        for number, slot in enumerate(self._layout):
+            if slot.name == name:
+                return number
+        raise KeyError(name)
+
+    def _rule(self, rule: str, hyper: dict[str, float]) -> tuple[int, object, Hyper]:
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r}: use one of {RULES}")
+        if set(hyper) != _HYPER[rule]:
+            raise TypeError(f"{rule} takes exactly {sorted(_HYPER[rule])}, not {sorted(hyper)}")
+        names = () if rule == "sgd" and hyper["momentum"] == 0 else _RULE_SLOTS[rule]
+        slots = (c_int64 * 2)(*(self._slot(name) for name in names))
+        return _RULE_NUMBER[rule], slots, Hyper(**hyper)
