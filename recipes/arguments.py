@@ -25,14 +25,11 @@ class CommonArguments:
 
 @dataclass
 class DataArguments:
-    """Which log, and how much of each history."""
+    """Which log, and how much of each history. How it is split and prepared stands under `data:`."""
 
     dataset: str = option("synthetic", "A log that prepare_data knows, by name.")
     source: str | None = option(None, "Raw files of the log; default: $GRZOO_DATA/<dataset>, else the download.")
     dataset_dir: str | None = option(None, "A dataset folder that is already prepared, or where to prepare it.")
-    validation: Literal["none", "last"] = option(
-        "none", "Leave-one-out: 'last' keeps the event before the test event for validation, 'none' trains on it."
-    )
     max_length: int = option(200, "Events of a history that the model sees; older ones are cut off.")
     dataloader_num_workers: int = option(0, "Processes that build batches; 0: in the training process.")
 

@@ -14,19 +14,22 @@ class MetricsLog:
     Args:
         output_dir: folder of the run; None (the other ranks): nothing is written.
         report_to: "tensorboard" also writes event files into `output_dir/tensorboard`.
-        resume_step: lines of later steps are dropped first, as the steps are run again; None starts a new file.
     """
 
-    def __init__(self, output_dir: Path | None, *, report_to: str = "none", resume_step: int | None = None) -> None:
+    def __init__(self, output_dir: Path | None, *, report_to: str = "none") -> None:
         self.path = None if output_dir is None else output_dir / "metrics.jsonl"
         self._writer = None
         if self.path is None:
             return
-        kept = [line for line in read_metrics(self.path) if resume_step is not None and line["step"] <= resume_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         if report_to == "tensorboard":
             self._writer = _tensorboard(self.path.parent / "tensorboard")
+
+    def start_at(self, step: int) -> None:
+        """Drops lines that a run continuing at `step` will write again: later ones, and all for a new run (step 0)."""
+        if self.path is not None:
+            kept = [line for line in read_metrics(self.path) if step > 0 and line["step"] <= step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
         """Appends `values` under "step" and "epoch"; numbers that are not finite become null."""

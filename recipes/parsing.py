@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from .runtime import UserError
 
-MODEL_PREFIX = "--model."
+SECTIONS = ("model", "data")
 _BUILT_IN = Path(__file__).with_name("configs")
 
 
@@ -20,7 +20,10 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parse(classes: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+Sections = dict[str, dict[str, Any]]
+
+
+def parse(classes: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], Sections]:
     """Fills the dataclasses from `--config FILE` and the command line, which wins.
 
     Args:
@@ -28,25 +31,25 @@ def parse(classes: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], dict
         argv: command line without the program's name.
 
     Returns:
-        One instance of each class, and the hyperparameters of the model (`model:` in the YAML, `--model.NAME VALUE`).
+        One instance of each class, and the free sections "model" and "data": `model:` in the YAML, `--model.NAME VALUE`.
 
     Raises:
         UserError: unknown or malformed settings, with the nearest known names.
     """
     parser = _Parser(classes, allow_abbrev=False)  # type: ignore[arg-type]
     known = [f.name for cls in classes for f in dataclasses.fields(cls)]
-    flat, model = _split_model_flags(argv)
-    settings = _read_config(flat, classes)
-    model = {**settings.pop("model", {}), **model}
+    flat, sections = _split_sections(argv)
+    settings = _read_config(flat)
+    sections = {name: {**settings.pop(name, {}), **given} for name, given in sections.items()}
     for key in settings:
         if key not in known:
-            raise UserError(f"unknown key {key!r} in {_config_flag(flat)}{_near(key, known)}")
+            raise UserError(f"unknown key {key!r} in {_config_flag(flat)}{near(key, known)}")
     *values, rest = parser.parse_args_into_dataclasses(
         _tokens(settings) + flat, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        raise UserError(f"unknown argument {rest[0]!r}{_near(rest[0].lstrip('-').split('=')[0], known, '--')}")
-    return values, model
+        raise UserError(f"unknown argument {rest[0]!r}{near(rest[0].lstrip('-').split('=')[0], known, '--')}")
+    return values, sections
 
 
 def build_config(config_class: type, settings: dict[str, Any]) -> Any:
@@ -54,7 +57,7 @@ def build_config(config_class: type, settings: dict[str, Any]) -> Any:
     known = [f.name for f in dataclasses.fields(config_class)] + list(getattr(config_class, "attribute_map", {}))
     for key in settings:
         if key not in known:
-            raise UserError(f"unknown hyperparameter {key!r} of {config_class.__name__}{_near(key, known)}")
+            raise UserError(f"unknown hyperparameter {key!r} of {config_class.__name__}{near(key, known)}")
     try:
         return config_class(**settings)
     except Exception as error:  # strict dataclasses wrap the validator's error in their own classes
@@ -76,7 +79,7 @@ def find_config(name: str) -> Path:
     return path
 
 
-def _read_config(argv: Sequence[str], classes: Sequence[type]) -> dict[str, Any]:
+def _read_config(argv: Sequence[str]) -> dict[str, Any]:
     name = _config_flag(argv)
     if name is None:
         return {}
@@ -85,9 +88,13 @@ def _read_config(argv: Sequence[str], classes: Sequence[type]) -> dict[str, Any]
         settings = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("model", {}), dict):
-        raise UserError(f"{path}: expected 'key: value' lines, and a mapping under 'model'")
-    settings["model"] = {key: _number(value) for key, value in settings.get("model", {}).items()}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, got {settings!r}")
+    for name in SECTIONS:
+        section = settings.get(name) or {}
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: expected 'key: value' lines under {name!r}, got {section!r}")
+        settings[name] = {key: _number(value) for key, value in section.items()}
     return settings
 
 
@@ -100,20 +107,21 @@ def _config_flag(argv: Sequence[str]) -> str | None:
     return None
 
 
-def _split_model_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def _split_sections(argv: Sequence[str]) -> tuple[list[str], Sections]:
     flat: list[str] = []
-    model: dict[str, Any] = {}
+    sections: Sections = {name: {} for name in SECTIONS}
     tokens = iter(argv)
     for token in tokens:
-        if not token.startswith(MODEL_PREFIX):
+        section, dot, rest = token.removeprefix("--").partition(".")
+        if not (token.startswith("--") and dot and section in SECTIONS):
             flat.append(token)
             continue
-        name, equals, text = token.removeprefix(MODEL_PREFIX).partition("=")
+        name, equals, text = rest.partition("=")
         value = text if equals else next(tokens, None)
         if value is None:
             raise UserError(f"{token} needs a value")
-        model[name] = _number(yaml.safe_load(value))
-    return flat, model
+        sections[section][name] = _number(yaml.safe_load(value))
+    return flat, sections
 
 
 def _number(value: Any) -> Any:
@@ -136,6 +144,7 @@ def _tokens(settings: dict[str, Any]) -> list[str]:
     return tokens
 
 
-def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
+def near(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """"; did you mean ...?" with the known names closest to `name`, or nothing."""
     matches = difflib.get_close_matches(name.replace("-", "_"), list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(prefix + match for match in matches)}?" if matches else ""

@@ -18,8 +18,8 @@ ALL = [CommonArguments, DataArguments, EvaluationArguments, OptimizerArguments, 
 
 
 def parse_all(*argv):
-    values, model = parse(ALL, list(argv))
-    return {name: getattr(value, name) for value in values for name in vars(value)}, model
+    values, sections = parse(ALL, list(argv))
+    return {name: getattr(value, name) for value in values for name in vars(value)}, sections["model"]
 
 
 @pytest.fixture
@@ -39,6 +39,12 @@ def test_command_line_wins_over_yaml(yaml_file):
     assert settings["learning_rate"] == 1e-4
     assert (settings["max_length"], settings["bf16"], settings["top_k"]) == (50, True, [1, 3])
     assert model == {"hidden_size": 16, "dropout": 0.1, "x": "y"}
+
+
+def test_sections_keep_apart(yaml_file):
+    config = yaml_file("data:\n  num_users: 7\nmodel:\n")
+    _, sections = parse(ALL, ["--config", config, "--data.num_items", "9", "--model.num_items", "1"])
+    assert sections == {"data": {"num_users": 7, "num_items": 9}, "model": {"num_items": 1}}
 
 
 def test_order_of_config_and_flags_does_not_matter(yaml_file):
@@ -62,6 +68,7 @@ def test_null_in_yaml_means_the_default(yaml_file):
         ([], "just text\n", ["expected 'key: value' lines"]),
         ([], "a: [1\n", ["is not YAML"]),
         ([], "model: 3\n", ["under 'model'"]),
+        ([], "data: [3]\n", ["under 'data'"]),
         (["--config", "nowhere.yaml"], None, ["nowhere.yaml", "hstu_ml1m"]),
     ],
 )

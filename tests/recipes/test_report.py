@@ -14,15 +14,19 @@ def test_lines_survive_a_kill_and_a_resume(tmp_path):
     with log.path.open("a") as file:
         file.write('{"step": 4, "tra')
     assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 3]
-    MetricsLog(tmp_path, resume_step=2).write(3, 0.3, {"train/loss": 9.0})
+    resumed = MetricsLog(tmp_path)
+    resumed.start_at(2)
+    resumed.write(3, 0.3, {"train/loss": 9.0})
     assert [line["train/loss"] for line in read_metrics(log.path)] == [1.0, 0.5, 9.0]
     assert read_metrics(log.path)[0]["bad"] is None
-    MetricsLog(tmp_path)
+    resumed.start_at(0)
     assert read_metrics(log.path) == []
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    MetricsLog(None).write(1, 0.0, {"x": 1})
+    log = MetricsLog(None)
+    log.start_at(0)
+    log.write(1, 0.0, {"x": 1})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,133 @@
+"""Builds the parts of a training run from its settings: model, batches, engine."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, get_scheduler
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from grzoo.data import GenRecCollator, GlobalBatchSampler, StepLoader
+from grzoo.embeddings import (
+    DynamicEmbeddingCollection,
+    SparseAdagrad,
+    SparseAdam,
+    SparseAdamW,
+    SparseOptimizer,
+    SparseRowwiseAdagrad,
+    SparseSGD,
+)
+from grzoo.embeddings.engine import GenRecEngine, initialize
+from grzoo.embeddings.engine.config import EngineConfig
+from grzoo.models import AutoModelForRetrieval
+
+from .arguments import OptimizerArguments
+from .dataset_folder import LoadedData
+from .parsing import build_config, near
+from .runtime import Runtime, UserError, user_errors
+from .settings import Settings
+
+PADDED_POSITIONS = 11  # the paper sizes its position tables for max_length + 11 (reserved places)
+_OWNED = {
+    "max_sequence_length": "--max_length",
+    "negative_sampling": "--negative_sampling",
+    "num_negatives": "--num_negatives",
+    "embedding_seed": "--seed",
+}
+
+
+def build_model_config(settings: Settings, *, has_timestamps: bool) -> PreTrainedConfig:
+    """The model's configuration: `model:` settings, completed by what the recipe and the data decide.
+
+    Raises:
+        UserError: unknown model type or hyperparameter, or one that has its own flag.
+    """
+    options = dict(settings.model_options)
+    model_type = options.pop("model_type", "hstu")
+    retrieval = [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name].__module__.startswith("grzoo.")]
+    if model_type not in retrieval:
+        raise UserError(f"no model_type {model_type!r}; there is {', '.join(retrieval)}{near(str(model_type), retrieval)}")
+    for name, flag in _OWNED.items():
+        if name in options:
+            raise UserError(f"set {flag} instead of model.{name}: the batches follow it too")
+    max_length = settings.data.max_length
+    decided = {
+        "max_sequence_length": max_length,
+        "max_position_embeddings": max_length + PADDED_POSITIONS,
+        "negative_sampling": settings.step.negative_sampling,
+        "num_negatives": settings.step.num_negatives,
+        "embedding_seed": settings.common.seed,
+        "use_time_bias": has_timestamps,
+    }
+    if options.get("use_time_bias") and not has_timestamps:
+        raise UserError("model.use_time_bias is true, but the events of this data set have no timestamps: remove it")
+    config: PreTrainedConfig = build_config(CONFIG_MAPPING[model_type], {**decided, **options})
+    return config
+
+
+def build_model(settings: Settings, config: PreTrainedConfig) -> Any:
+    """A new model, equal on all ranks."""
+    torch.manual_seed(settings.common.seed)
+    with user_errors():
+        return AutoModelForRetrieval.from_config(config, embedding_backend=settings.step.backend)
+
+
+def build_loader(settings: Settings, data: LoadedData, config: Any, runtime: Runtime) -> StepLoader:
+    """The balanced global steps of this rank.
+
+    Raises:
+        UserError: an empty split or catalogue, or a token budget below the longest history.
+    """
+    step, catalogue = settings.step, data.catalogue
+    with user_errors():
+        draw = catalogue.uniform_negatives if step.negative_sampling == "uniform" else catalogue.shared_negatives
+        negatives = draw(step.num_negatives)
+        collator = GenRecCollator(
+            data.train, max_length=settings.data.max_length, seed=settings.common.seed, negatives=negatives
+        )
+        sampler = GlobalBatchSampler(len(data.train), step.global_batch_size, seed=settings.common.seed)
+        return StepLoader(
+            data.train,
+            sampler,
+            collator,
+            world_size=runtime.world_size,
+            rank=runtime.rank,
+            cost=config.flops,
+            max_tokens_per_device=step.max_tokens_per_device,
+            micro_batches=step.micro_batches,
+            num_workers=settings.data.dataloader_num_workers,
+        )
+
+
+def build_engine(settings: Settings, model: Any, deepspeed: EngineConfig, total_steps: int) -> GenRecEngine:
+    """DeepSpeed for the dense parameters, a sparse optimizer for the tables, one schedule for both."""
+    optimizer = settings.optimizer
+
+    def schedule(of: torch.optim.Optimizer) -> Any:
+        return get_scheduler(
+            optimizer.lr_scheduler_type, of, num_warmup_steps=optimizer.warmup_steps, num_training_steps=total_steps
+        )
+
+    with user_errors():
+        engine, _, _, _ = initialize(
+            model=model,
+            config=deepspeed.deepspeed,
+            sparse_optimizer=lambda collection: build_sparse_optimizer(collection, optimizer),
+            lr_scheduler=schedule,
+            sparse_lr_scheduler=schedule,
+        )
+    return engine
+
+
+def build_sparse_optimizer(collection: DynamicEmbeddingCollection, arguments: OptimizerArguments) -> SparseOptimizer:
+    """The optimizer of the tables that `--sparse_optimizer` names."""
+    lr = arguments.learning_rate if arguments.sparse_learning_rate is None else arguments.sparse_learning_rate
+    norm, decay = arguments.max_grad_norm, arguments.sparse_weight_decay
+    if arguments.sparse_optimizer == "sgd":
+        return SparseSGD(collection, lr, weight_decay=decay, max_grad_norm=norm)
+    if arguments.sparse_optimizer == "adagrad":
+        return SparseAdagrad(collection, lr, max_grad_norm=norm)
+    if arguments.sparse_optimizer == "rowwise_adagrad":
+        return SparseRowwiseAdagrad(collection, lr, max_grad_norm=norm)
+    betas, eps = (arguments.adam_beta1, arguments.adam_beta2), arguments.adam_epsilon
+    kind = SparseAdamW if arguments.sparse_optimizer == "adamw" else SparseAdam
+    return kind(collection, lr, betas=betas, eps=eps, weight_decay=decay, max_grad_norm=norm)

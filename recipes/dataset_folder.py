@@ -1,0 +1,100 @@
+"""From the name of a log to a prepared dataset folder: found, or made once by rank 0 while the others wait."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from grzoo.data import Catalogue, DatasetSchema, EventDataset
+from grzoo.data.prepare import PrepareConfig, prepare
+
+from .arguments import DataArguments
+from .parsing import near
+from .runtime import Runtime, UserError, user_errors
+
+_OTHER_NAMES = {"amazon-beauty": "amazon14-beauty", "amazon-sports": "amazon14-sports"}  # folders below $GRZOO_DATA
+RECIPE_OWNED = ("name", "output_dir", "source", "overwrite")
+
+
+@dataclasses.dataclass
+class LoadedData:
+    """What a recipe reads: the folder, what it says of itself, its items, its training events."""
+
+    folder: Path
+    schema: DatasetSchema
+    catalogue: Catalogue
+    train: EventDataset
+
+    @property
+    def evaluation_split(self) -> str:
+        """The split that is ranked during training: validation when the folder has one."""
+        return "validation" if has_split(self.folder, "validation") else "test"
+
+
+def find_or_prepare(arguments: DataArguments, options: dict[str, Any], runtime: Runtime) -> Path:
+    """The dataset folder of a recipe; rank 0 prepares it when it is missing, and a failure stops all ranks.
+
+    Args:
+        arguments: the log's name, raw files and folder.
+        options: `data:` settings, further fields of `grzoo.data.prepare.PrepareConfig`.
+
+    Raises:
+        UserError: unknown option or log, missing or malformed files.
+    """
+    check_options(options)
+
+    def work() -> str:
+        folder = Path(arguments.dataset_dir) if arguments.dataset_dir else _cache_folder(arguments, options)
+        if (folder / "schema.json").is_file():
+            print(f"data     {folder} (prepared before)", flush=True)
+            return str(folder)
+        with user_errors():
+            report = prepare(arguments.dataset, folder, source=_source(arguments), **options)
+        print("\n".join(f"data     {line}" for line in report.lines()), flush=True)
+        return str(folder)
+
+    folder = Path(runtime.main_first("dataset", work))
+    if not (folder / "schema.json").is_file():
+        raise UserError(f"rank {runtime.rank} does not see {folder}: give --dataset_dir on a file system of all nodes")
+    return folder
+
+
+def load(folder: Path) -> LoadedData:
+    """Opens a dataset folder for training (memory-mapped)."""
+    with user_errors():
+        schema = DatasetSchema.load(folder)
+        return LoadedData(folder, schema, Catalogue.from_folder(folder), EventDataset.from_folder(folder, "train"))
+
+
+def has_split(folder: Path, split: str) -> bool:
+    """Whether the dataset folder has rows of that split."""
+    return any((folder / "data").glob(f"{split}-*.parquet"))
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises UserError for a `data:` setting that preparation does not know, or that has its own flag."""
+    known = [f.name for f in dataclasses.fields(PrepareConfig) if f.name not in RECIPE_OWNED]
+    for key in options:
+        if key not in known:
+            raise UserError(f"unknown data option {key!r}{near(key, known)}")
+
+
+def _source(arguments: DataArguments) -> str | None:
+    """Raw files: as told, else those below $GRZOO_DATA, else None (download)."""
+    if arguments.source or not os.environ.get("GRZOO_DATA"):
+        return arguments.source
+    root = Path(os.environ["GRZOO_DATA"])
+    folders = [root / name for name in (arguments.dataset, _OTHER_NAMES.get(arguments.dataset, arguments.dataset))]
+    return next((str(folder) for folder in folders if folder.exists()), None)
+
+
+def _cache_folder(arguments: DataArguments, options: dict[str, Any]) -> Path:
+    """A folder named by the log and by everything that shapes it, so that changed settings are prepared anew."""
+    source = _source(arguments)
+    files = sorted(Path(source).rglob("*")) if source and Path(source).is_dir() else [Path(source)] if source else []
+    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    key = hashlib.sha256(json.dumps([options, source, state], sort_keys=True).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("GRZOO_CACHE") or Path.home() / ".cache" / "grzoo")
+    return cache / "datasets" / f"{arguments.dataset}-{key}"

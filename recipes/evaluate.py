@@ -1,0 +1,59 @@
+"""Ranks a split of a dataset folder with a trained model, beside the popularity baseline.
+
+    python recipes/evaluate.py --model outputs/demo/export --dataset_dir outputs/demo/dataset
+    deepspeed --num_accelerators 2 recipes/evaluate.py --model outputs/demo/checkpoint-180 --dataset_dir outputs/demo/dataset
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from grzoo.models import AutoModelForRetrieval
+from grzoo.recipes.arguments import CommonArguments, EvaluationArguments, option
+from grzoo.recipes.dataset_folder import has_split, load
+from grzoo.recipes.evaluation import Evaluator
+from grzoo.recipes.loading import model_folder
+from grzoo.recipes.parsing import parse
+from grzoo.recipes.report import metrics_table
+from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
+
+
+@dataclass
+class EvaluateArguments:
+    """What to rank with, and what."""
+
+    model: str | None = option(None, "An export folder, or a checkpoint-N of a training run.")
+    dataset_dir: str | None = option(None, "A dataset folder.")
+    split: Literal["validation", "test"] = option("test", "Which events to rank.")
+    output_file: str | None = option(None, "Also write the metrics as JSON.")
+
+
+def main(runtime: Runtime, argv: list[str]) -> None:
+    """Loads the model sharded over the ranks, ranks, prints."""
+    (common, arguments, evaluation), _ = parse([CommonArguments, EvaluateArguments, EvaluationArguments], argv)
+    if arguments.model is None or arguments.dataset_dir is None:
+        raise UserError("give --model, an export folder or a checkpoint, and --dataset_dir, a dataset folder")
+    data = load(Path(arguments.dataset_dir))
+    if not has_split(data.folder, arguments.split):
+        raise UserError(f"{data.folder} has no {arguments.split} split: prepare it with validation=last")
+    device = connect(runtime, use_cpu=common.use_cpu, local_rank=common.local_rank)
+    group = dist.group.WORLD if runtime.world_size > 1 else None
+    with user_errors():
+        folder = model_folder(Path(arguments.model), runtime)
+        model = AutoModelForRetrieval.from_pretrained(str(folder), process_group=group).to(device).eval()
+        evaluator = Evaluator(
+            data.folder, arguments.split, data.catalogue, evaluation, runtime, max_length=model.config.max_sequence_length
+        )
+    metrics, baseline = evaluator(model), evaluator.popularity()
+    filtered = "left out" if evaluation.exclude_seen else "kept in"
+    runtime.say(f"{arguments.split} split of {data.schema.name}, full ranking, seen items {filtered}")
+    runtime.say(metrics_table(metrics, baseline))
+    if arguments.output_file and runtime.is_main:
+        Path(arguments.output_file).write_text(json.dumps({"eval": metrics, "popularity": baseline}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

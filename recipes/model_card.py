@@ -1,0 +1,80 @@
+"""The README.md of an exported model, with the metadata that the Hugging Face hub reads."""
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .dataset_folder import LoadedData
+from .report import metrics_table
+from .summary import versions
+
+_TEMPLATE = """---
+{metadata}
+---
+
+# {name}
+
+{kind} for retrieval, trained on {dataset} with dynamic embedding tables by grzoo.
+
+```python
+from grzoo import AutoModelForRetrieval, GenRecProcessor
+
+model = AutoModelForRetrieval.from_pretrained("{name}")
+processor = GenRecProcessor.from_pretrained("{name}")
+```
+
+## Results
+
+Test split, full ranking of {items:,} items; the baseline recommends the items with the most training events.
+
+```
+{table}
+```
+
+## How it was trained
+
+```
+{command}
+```
+
+{conditions}
+"""
+
+
+def model_card(
+    model: Any,
+    data: LoadedData,
+    *,
+    metrics: dict[str, float],
+    baseline: dict[str, float],
+    conditions: dict[str, str],
+    command: str,
+) -> str:
+    """Markdown with YAML metadata: results, data, command and conditions of one run."""
+    name = f"{model.config.model_type}-{data.schema.name}"
+    results = [
+        EvalResult(
+            task_type="recommendation",
+            dataset_type=data.schema.name,
+            dataset_name=data.schema.name,
+            metric_type=metric,
+            metric_value=round(value, 5),
+        )
+        for metric, value in metrics.items()
+    ]
+    metadata = ModelCardData(
+        library_name="grzoo",
+        tags=["generative-recommendation", model.config.model_type],
+        model_name=name,
+        eval_results=results,
+    )
+    return _TEMPLATE.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        kind=type(model).__name__,
+        dataset=data.schema.name,
+        items=len(data.catalogue),
+        table=metrics_table(metrics, baseline),
+        command=command,
+        conditions="\n".join(f"- {key}: {value}" for key, value in {**conditions, **versions()}.items()),
+    )

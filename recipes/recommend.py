@@ -1,0 +1,84 @@
+"""Recommends items after a history, with an exported model; needs neither DeepSpeed nor a compiler.
+
+    python recipes/recommend.py --model outputs/demo/export --history 12,7,431 --top_k 10
+    python recipes/recommend.py --model outputs/demo/export --dataset_dir outputs/demo/dataset --user 3
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grzoo.data import Catalogue
+from grzoo.models import AutoModelForRetrieval
+from grzoo.recipes.arguments import option
+from grzoo.recipes.parsing import parse
+from grzoo.recipes.recommending import differences, recommend, recommend_to_row, table
+from grzoo.recipes.runtime import Runtime, UserError, run, user_errors
+
+
+@dataclass
+class RecommendArguments:
+    """Which model, and for whom."""
+
+    model: str | None = option(None, "An export folder.")
+    history: str | None = option(None, "Item ids of the data set, the oldest first, separated by commas.")
+    timestamps: str | None = option(None, "Seconds, one per item of the history, separated by commas.")
+    user: int | None = option(None, "Row of the test split whose history to take; needs --dataset_dir.")
+    dataset_dir: str | None = option(None, "A dataset folder.")
+    expect: str | None = option(None, "A recommendations.json: repeat it and fail when anything differs.")
+    top_k: int = option(10, "How many items.")
+
+
+def main(runtime: Runtime, argv: list[str]) -> None:
+    """Loads, recommends, prints; exit code 1 when `--expect` is not met."""
+    (arguments,), _ = parse([RecommendArguments], argv)
+    if arguments.model is None:
+        raise UserError("give --model, an export folder")
+    if sum(given is not None for given in (arguments.history, arguments.user, arguments.expect)) != 1:
+        raise UserError("give one of --history, --user (with --dataset_dir) and --expect")
+    if not (Path(arguments.model) / "config.json").is_file():
+        raise UserError(f"{arguments.model} holds no model: give the export folder of a training run")
+    with user_errors():
+        model = AutoModelForRetrieval.from_pretrained(arguments.model).eval()
+        catalogue = Catalogue.from_folder(arguments.model)
+        result, expected = _recommend(arguments, model, catalogue)
+    print(table(result))
+    if expected is None:
+        return
+    problem = differences(result, expected)
+    print(f"DIFFERENT from {arguments.expect}: {problem}" if problem else f"identical to {arguments.expect}")
+    if problem:
+        raise SystemExit(1)
+
+
+def _recommend(
+    arguments: RecommendArguments, model: Any, catalogue: Catalogue
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    if arguments.user is not None:
+        if arguments.dataset_dir is None:
+            raise UserError("--user needs --dataset_dir, the dataset folder whose test split has the user")
+        found = recommend_to_row(model, Path(arguments.dataset_dir), row=arguments.user, top_k=arguments.top_k)
+        return found, None
+    if arguments.expect is not None:
+        expected = json.loads(Path(arguments.expect).read_text())
+        wanted = {key: expected[key] for key in ("history", "timestamps", "request_timestamp")}
+        return recommend(model, catalogue, **wanted, top_k=len(expected["recommendations"])), expected
+    history = [_item(text, catalogue) for text in (arguments.history or "").split(",") if text.strip()]
+    times = None if arguments.timestamps is None else [int(text) for text in arguments.timestamps.split(",")]
+    return recommend(model, catalogue, history, timestamps=times, top_k=arguments.top_k), None
+
+
+def _item(text: str, catalogue: Catalogue) -> Any:
+    """An original id: an integer where the catalogue's are, else text."""
+    text = text.strip()
+    if catalogue.original_ids.type != "int64":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"item id {text!r} is not an integer, and those of this catalogue are") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,63 @@
+"""All settings of a training run, read once from `--config` and the command line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .arguments import (
+    CommonArguments,
+    DataArguments,
+    EvaluationArguments,
+    OptimizerArguments,
+    StepArguments,
+    TrainingArguments,
+)
+from .parsing import parse
+from .runtime import UserError
+
+_CLASSES = [CommonArguments, DataArguments, EvaluationArguments, OptimizerArguments, StepArguments, TrainingArguments]
+_POSITIVE = ("global_batch_size", "max_length", "num_negatives", "logging_steps", "eval_steps", "eval_epochs", "save_steps",
+             "eval_batch_size", "max_tokens_per_device", "micro_batches", "num_train_epochs", "learning_rate")  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """The argument groups and the free sections `model:` and `data:`."""
+
+    common: CommonArguments
+    data: DataArguments
+    evaluation: EvaluationArguments
+    optimizer: OptimizerArguments
+    step: StepArguments
+    training: TrainingArguments
+    model_options: dict[str, Any]
+    data_options: dict[str, Any]
+
+
+def read_settings(argv: Sequence[str]) -> Settings:
+    """Parses and checks the settings of a training run.
+
+    Raises:
+        UserError: unknown, malformed or impossible settings.
+    """
+    values, sections = parse(_CLASSES, argv)
+    settings = Settings(*values, model_options=sections["model"], data_options=sections["data"])
+    for group in values:
+        for name in _POSITIVE:
+            value = getattr(group, name, None)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name} must be positive, got {value}")
+    if not settings.training.output_dir:
+        raise UserError("give --output_dir, the folder for metrics, checkpoints and the export")
+    if min(settings.evaluation.top_k) < 1:
+        raise UserError(f"--top_k takes cutoffs from 1, got {settings.evaluation.top_k}")
+    _check_sparse(settings.optimizer)
+    return settings
+
+
+def _check_sparse(optimizer: OptimizerArguments) -> None:
+    if optimizer.sparse_weight_decay and optimizer.sparse_optimizer in ("adagrad", "rowwise_adagrad"):
+        raise UserError(
+            f"--sparse_weight_decay {optimizer.sparse_weight_decay} has no effect on --sparse_optimizer "
+            f"{optimizer.sparse_optimizer}: use adamw or sgd, or leave it at 0"
+        )

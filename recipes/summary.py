@@ -1,0 +1,74 @@
+"""What a run chose: printed at its start, and the conditions of its report and model card."""
+
+import os
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+
+from .dataset_folder import LoadedData
+from .runtime import Runtime
+from .settings import Settings
+
+
+def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int, runtime: Runtime) -> dict[str, str]:
+    """Name -> text of everything that decides what the run computes and how fast.
+
+    Args:
+        total_steps: optimizer steps of the run.
+    """
+    model, step, optimizer = engine.module, settings.step, settings.optimizer
+    return {
+        "model": f"{type(model).__name__}, {_dense_parameters(model):,} dense parameters, {_per_user(data, model, settings)}",
+        "tables": "; ".join(
+            f"{name}: {table.embedding_dim} columns, rows inserted as ids appear"
+            for name, table in engine.collection.tables.items()
+        ),
+        "data": f"{data.schema.name}: {len(data.train):,} users, {len(data.catalogue):,} items, "
+        f"{data.train.num_events:,} training events, evaluated on {data.evaluation_split}",
+        "ranks": f"{runtime.world_size} on {_device_name(engine.device)}, ZeRO stage {engine.config.stage}, "
+        f"{engine.config.dtype}, table kernels {_backend(engine, step.backend)}",
+        "step": f"{step.global_batch_size} users over all ranks, {_budget(step)}, {step.num_negatives} "
+        f"{step.negative_sampling} negatives, {total_steps:,} steps",
+        "optimizers": f"dense adamw lr {optimizer.learning_rate:g}, tables {optimizer.sparse_optimizer} lr "
+        f"{optimizer.learning_rate if optimizer.sparse_learning_rate is None else optimizer.sparse_learning_rate:g}, "
+        f"schedule {optimizer.lr_scheduler_type}, clipping {optimizer.max_grad_norm or 'off'}, seed {settings.common.seed}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions and machine: the conditions of every measured number."""
+    from importlib.metadata import version
+
+    packages = ("grzoo", "torch", "deepspeed", "transformers")
+    return {
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}",
+    }
+
+
+def _dense_parameters(model: Any) -> int:
+    return sum(int(np.prod(getattr(p, "ds_shape", p.shape))) for p in model.parameters())
+
+
+def _per_user(data: LoadedData, model: Any, settings: Settings) -> str:
+    lengths = np.minimum(np.maximum(data.train.lengths - 1, 0), settings.data.max_length)
+    return f"{float(np.mean(model.flops(lengths))) / 1e6:,.1f} MFLOP forward per user (mean)"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads each)"
+
+
+def _backend(engine: Any, asked: str) -> str:
+    """The kernels that the tables really use."""
+    return getattr(engine.collection, "backend", asked)
+
+
+def _budget(step: Any) -> str:
+    if step.micro_batches:
+        return f"{step.micro_batches} micro-batches"
+    if step.max_tokens_per_device:
+        return f"as many micro-batches as keep within {step.max_tokens_per_device:,} tokens per device"
+    return "1 micro-batch"

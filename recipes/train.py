@@ -1,0 +1,140 @@
+"""Trains a retrieval model over dynamic embedding tables through DeepSpeed.
+
+    python recipes/train.py --output_dir outputs/laptop                               # generated log, one CPU process
+    deepspeed --num_accelerators 2 recipes/train.py --config recipes/configs/hstu_ml1m.yaml \\
+        --deepspeed_config ds_configs/zero1.json --output_dir outputs/hstu_ml1m --num_train_epochs 10
+    deepspeed --module grzoo.recipes.train --config hstu_ml1m --output_dir outputs/hstu_ml1m       # installed
+
+`output_dir` gets metrics.jsonl, checkpoint-N/, report.md with plots, recommendations.json and export/, which
+`AutoModelForRetrieval.from_pretrained` loads. `--help` lists all settings.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from grzoo.recipes.assembly import build_engine, build_loader, build_model, build_model_config
+from grzoo.recipes.dataset_folder import LoadedData, find_or_prepare, has_split, load
+from grzoo.recipes.deepspeed_config import resolve
+from grzoo.recipes.evaluation import Evaluator
+from grzoo.recipes.exporting import export
+from grzoo.recipes.metrics_log import MetricsLog
+from grzoo.recipes.recommending import recommend_to_row, table
+from grzoo.recipes.report import metrics_table, write_report
+from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
+from grzoo.recipes.settings import Settings, read_settings
+from grzoo.recipes.summary import describe
+from grzoo.recipes.training import TrainingLoop, checkpoints, total_steps
+
+
+def main(runtime: Runtime, argv: list[str]) -> None:
+    """One training run, from a log's name to an exported model."""
+    settings = read_settings(argv)
+    with user_errors():
+        deepspeed = resolve(settings.training.deepspeed_config, settings.step, settings.optimizer, runtime.world_size)
+    connect(runtime, use_cpu=settings.common.use_cpu, local_rank=settings.common.local_rank)
+    data = load(find_or_prepare(settings.data, settings.data_options, runtime))
+    config = build_model_config(settings, has_timestamps=data.train.has_timestamps)
+    loader = build_loader(settings, data, config, runtime)
+    resume_from = _checkpoint_to_resume(settings)
+    evaluators = _evaluators(settings, data, config, runtime)
+    steps = total_steps(settings.training, len(loader.sampler))
+    engine = build_engine(settings, build_model(settings, config), deepspeed, steps)
+    conditions = describe(settings, data, engine, steps, runtime)
+    runtime.say("\n".join(f"{name:<12} {value}" for name, value in conditions.items()))
+
+    evaluate = evaluators[data.evaluation_split]
+    log_dir = Path(settings.training.output_dir or "") if runtime.is_main else None
+    log = MetricsLog(log_dir, report_to=settings.training.report_to)
+    loop = TrainingLoop(
+        engine, loader, settings.training, log, runtime, total_steps=steps, evaluate=lambda: evaluate(engine.module)
+    )
+    if resume_from:
+        with user_errors():
+            runtime.say(f"resumed from {resume_from} at step {loop.resume(resume_from)}")
+    log.start_at(loop.step)
+    if loop.step == 0:
+        log.write(0, 0.0, {f"popularity/{name}": value for name, value in evaluate.popularity().items()})
+    loop.run()
+    _finish(settings, data, engine, loop, evaluators, conditions, runtime)
+    log.close()
+
+
+def _finish(
+    settings: Settings,
+    data: LoadedData,
+    engine: Any,
+    loop: TrainingLoop,
+    evaluators: dict[str, Evaluator],
+    conditions: dict[str, str],
+    runtime: Runtime,
+) -> None:
+    """Final metrics beside the baseline, sample recommendations, the export and the report."""
+    output_dir = Path(settings.training.output_dir or "")
+    metrics, baseline = _final_metrics(loop, evaluators, engine)
+    sample = recommend_to_row(engine.module, data.folder, row=0, top_k=10)
+    command = " ".join(["train.py", *sys.argv[1:]])
+    export(engine, data, output_dir / "export", metrics=metrics, baseline=baseline, conditions=conditions, command=command)
+    if not runtime.is_main:
+        return
+    (output_dir / "recommendations.json").write_text(json.dumps(sample, indent=1) + "\n")
+    title = f"{conditions['model'].split()[0]} on {data.schema.name}"
+    report = write_report(output_dir, title=title, conditions={**conditions, "command": command})
+    filtered = "left out" if settings.evaluation.exclude_seen else "kept in"
+    print(f"\ntest split, full ranking of {len(data.catalogue):,} items, seen items {filtered}")
+    print(metrics_table(metrics, baseline))
+    print(f"\nuser {sample['user']} gets\n{table(sample)}\n")
+    print(f"report {report}\nexport {output_dir / 'export'}", flush=True)
+
+
+def _final_metrics(
+    loop: TrainingLoop, evaluators: dict[str, Evaluator], engine: Any
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Model and baseline on the test split; what the last evaluation of this very split found is not computed again."""
+    test = evaluators["test"]
+    baseline = test.popularity()
+    if len(evaluators) == 1 and loop.last_evaluation is not None and loop.last_evaluation[0] == loop.step:
+        metrics = loop.last_evaluation[1]
+    else:
+        metrics = test(engine.module)
+    values = {f"test/{name}": value for name, value in metrics.items()}
+    values |= {f"test/popularity/{name}": value for name, value in baseline.items()}
+    loop.log.write(loop.step, loop.step / len(loop.loader.sampler), values)
+    return metrics, baseline
+
+
+def _evaluators(settings: Settings, data: LoadedData, config: Any, runtime: Runtime) -> dict[str, Evaluator]:
+    splits = ["validation", "test"] if has_split(data.folder, "validation") else ["test"]
+    with user_errors():
+        return {
+            split: Evaluator(
+                data.folder,
+                split,
+                data.catalogue,
+                settings.evaluation,
+                runtime,
+                max_length=settings.data.max_length,
+                max_tokens=settings.step.max_tokens_per_device,
+                cost=config.flops,
+            )
+            for split in splits
+        }
+
+
+def _checkpoint_to_resume(settings: Settings) -> Path | None:
+    """The folder that `--resume_from_checkpoint` means; 'last' is None when output_dir has no checkpoint yet."""
+    wanted = settings.training.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "last":
+        found = checkpoints(Path(settings.training.output_dir or ""))
+        return found[-1] if found else None
+    path = Path(wanted)
+    if not path.is_dir():
+        raise UserError(f"no checkpoint folder {wanted!r} for --resume_from_checkpoint; 'last' takes the newest")
+    return path
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,191 @@
+"""The training loop: steps until the end, metrics, evaluations and checkpoints when they are due."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from grzoo.data import GlobalStep, StepLoader
+from grzoo.embeddings.engine import GenRecEngine, StepOutput
+
+from .arguments import TrainingArguments
+from .metrics_log import MetricsLog
+from .runtime import Runtime, UserError
+
+
+@dataclass
+class Meter:
+    """Sums over the steps since the last line of metrics."""
+
+    began: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    skipped: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+    users: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, step: GlobalStep, output: StepOutput, data_seconds: float) -> None:
+        self.steps += 1
+        self.skipped += not output.applied
+        self.loss += output.loss
+        self.tokens += step.num_tokens
+        self.users += step.num_users
+        for phase, seconds in {"data": data_seconds, **output.seconds}.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def line(self, output: StepOutput) -> dict[str, float]:
+        """One line of metrics.jsonl: means per step, throughput of all ranks over the wall time."""
+        elapsed = time.perf_counter() - self.began
+        return {
+            "train/loss": self.loss / self.steps,
+            "train/learning_rate": output.learning_rate,
+            "train/grad_norm": output.grad_norm,
+            "train/sparse_grad_norm": output.sparse_grad_norm,
+            "train/skipped_steps": self.skipped,
+            "train/tokens_per_second": self.tokens / elapsed,
+            "train/users_per_second": self.users / elapsed,
+            **{f"train/seconds_{phase}": seconds / self.steps for phase, seconds in self.seconds.items()},
+            **{f"train/{name}": value for name, value in output.statistics.items()},
+        }
+
+
+class TrainingLoop:
+    """Runs `engine` over `loader` from the loader's position.
+
+    Args:
+        evaluate: makes the metrics of one evaluation (collective); called when due by `arguments.eval_strategy`.
+        total_steps: optimizer steps of the whole run, those before a resume included.
+    """
+
+    def __init__(
+        self,
+        engine: GenRecEngine,
+        loader: StepLoader,
+        arguments: TrainingArguments,
+        log: MetricsLog,
+        runtime: Runtime,
+        *,
+        total_steps: int,
+        evaluate: Callable[[], dict[str, float]] | None,
+    ) -> None:
+        self.engine, self.loader, self.arguments, self.log, self.runtime = engine, loader, arguments, log, runtime
+        self.total_steps, self.evaluate = total_steps, evaluate
+        self.step = 0
+        self.last_evaluation: tuple[int, dict[str, float]] | None = None
+
+    def resume(self, folder: Path) -> int:
+        """Continues from a checkpoint, written by any number of ranks; returns its step."""
+        path, state = self.engine.load_checkpoint(folder)
+        if "loader" not in state:
+            raise UserError(f"{path} was not written by this recipe: it holds no position in the data")
+        self.loader.load_state_dict(state["loader"])
+        self.step = int(state["step"])
+        return self.step
+
+    def run(self) -> None:
+        """Trains until `total_steps`."""
+        hide = True if not self.runtime.is_main or self.arguments.disable_tqdm else None  # None: hide without a terminal
+        with tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hide) as bar:
+            while self.step < self.total_steps:
+                self._run_epoch(bar)
+        self._save_final()
+
+    def _run_epoch(self, bar: Any) -> None:
+        meter, waiting = Meter(), time.perf_counter()
+        for global_step in self.loader:
+            data_seconds = time.perf_counter() - waiting
+            output = self.engine.train_batch(global_step)
+            self.step += 1
+            meter.add(global_step, output, data_seconds)
+            bar.update()
+            epoch = self._epoch(global_step)
+            ends_epoch = global_step.end[1] == 0
+            if self.step % self.arguments.logging_steps == 0 or self.step == self.total_steps:
+                self._log(bar, meter, output, epoch)
+                meter = Meter()
+            if self._is_due(self.arguments.eval_strategy, self.arguments.eval_steps, ends_epoch, global_step.epoch):
+                meter.began += self._evaluate(bar, epoch)
+            if self._saves(ends_epoch):
+                meter.began += self._save()
+            if self.step == self.total_steps:
+                return
+            waiting = time.perf_counter()
+
+    def _epoch(self, global_step: GlobalStep) -> float:
+        end_epoch, end_cursor = global_step.end
+        return end_epoch + end_cursor / self.loader.sampler.rows_per_epoch
+
+    def _log(self, bar: Any, meter: Meter, output: StepOutput, epoch: float) -> None:
+        line = meter.line(output)
+        self.log.write(self.step, epoch, line)
+        loss, speed = line["train/loss"], line["train/tokens_per_second"]
+        bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=f"{speed:,.0f}", refresh=False)
+        if self.runtime.is_main:
+            text = f"step {self.step}/{self.total_steps}  epoch {epoch:.2f}  loss {loss:.4f}  {speed:,.0f} tokens/s"
+            bar.write(text)
+
+    def _is_due(self, strategy: str, every_steps: int, ends_epoch: bool, epoch: int) -> bool:
+        if self.step == self.total_steps:
+            return strategy != "no"
+        if strategy == "epoch":
+            return ends_epoch and (epoch + 1) % self.arguments.eval_epochs == 0
+        return strategy == "steps" and self.step % every_steps == 0
+
+    def _saves(self, ends_epoch: bool) -> bool:
+        strategy = self.arguments.save_strategy
+        return (ends_epoch and strategy == "epoch") or (
+            strategy == "steps" and self.step % self.arguments.save_steps == 0
+        )
+
+    def _evaluate(self, bar: Any, epoch: float) -> float:
+        if self.evaluate is None:
+            return 0.0
+        began = time.perf_counter()
+        metrics = self.evaluate()
+        seconds = time.perf_counter() - began
+        self.last_evaluation = (self.step, metrics)
+        self.log.write(self.step, epoch, {**{f"eval/{k}": v for k, v in metrics.items()}, "eval/seconds": seconds})
+        if self.runtime.is_main:
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("ndcg@10", "hr@10", "hr@50", "mrr"))
+            bar.write(f"evaluation after {self.step} steps: {shown}  ({seconds:.1f} s)")
+        return seconds
+
+    def _save(self) -> float:
+        began = time.perf_counter()
+        assert self.arguments.output_dir is not None
+        folder = Path(self.arguments.output_dir)
+        state = {"loader": self.loader.state_dict(), "step": self.step}
+        self.engine.save_checkpoint(folder, tag=f"checkpoint-{self.step}", client_state=state)
+        if self.runtime.is_main:
+            delete_old_checkpoints(folder, self.arguments.save_total_limit)
+        return time.perf_counter() - began
+
+    def _save_final(self) -> None:
+        folder = Path(self.arguments.output_dir or "")
+        if self.arguments.save_strategy != "no" and not (folder / f"checkpoint-{self.step}").exists():
+            self._save()
+
+
+def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run: `max_steps` when positive, else `num_train_epochs` rounded up to a step."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * steps_per_epoch)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def delete_old_checkpoints(folder: Path, limit: int) -> None:
+    """Keeps the newest `limit` checkpoints; 0 keeps all."""
+    for path in checkpoints(folder)[:-limit] if limit > 0 else []:
+        shutil.rmtree(path)
