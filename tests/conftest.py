@@ -1,6 +1,7 @@
 """Settings that every test process needs before torch is imported, and the real data when it is there."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +10,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+
+# Spawned ranks import their jobs by name: `from spawn import spawn` and tests/distributed/*_jobs.py work everywhere.
+sys.path.append(str(Path(__file__).parent / "distributed"))
 
 
 @pytest.fixture(scope="session")
