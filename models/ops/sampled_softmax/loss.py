@@ -1,0 +1,50 @@
+"""Sampled softmax over the unique rows of a step."""
+
+import torch
+from torch import Tensor
+
+from .naive import MASKED_LOGIT, l2_normalize
+from .sampled_logits import sampled_logits
+
+
+def sampled_softmax_loss(
+    query: Tensor,
+    rows: Tensor,
+    positive_index: Tensor,
+    negative_index: Tensor,
+    accidental: Tensor,
+    *,
+    temperature: float,
+    positive_log_q: Tensor | None = None,
+    negative_log_q: Tensor | None = None,
+) -> Tensor:
+    """`sampled_softmax_loss_naive` (formula and shapes there); normalises each row once, always in float32."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with torch.autocast(query.device.type, enabled=False):
+        query = l2_normalize(query.to(dtype))
+        if negative_index.dim() == 1:
+            logits = _shared_logits(query, rows.to(dtype), positive_index, negative_index)
+        else:
+            index = torch.cat([positive_index.unsqueeze(1), negative_index], dim=1)
+            logits = _own_logits(query, rows.to(dtype), index)
+        logits = logits / temperature
+        if positive_log_q is not None and negative_log_q is not None:
+            shared = negative_log_q.expand(query.shape[0], -1)
+            logits = logits - torch.cat([positive_log_q.unsqueeze(1), shared], dim=1)
+        positive, negative = logits[:, 0], logits[:, 1:].masked_fill(accidental, MASKED_LOGIT)
+        return (torch.logaddexp(negative.logsumexp(1), positive) - positive).sum()
+
+
+def _own_logits(query: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """[T, 1 + N] cosines; normalises the rows of the step, or the picked ones where these are fewer."""
+    if rows.shape[0] > index.numel():
+        rows = rows.index_select(0, index.flatten())
+        index = torch.arange(index.numel(), device=index.device).view(index.shape)
+    return sampled_logits(query, l2_normalize(rows), index)
+
+
+def _shared_logits(query: Tensor, rows: Tensor, positive_index: Tensor, negative_index: Tensor) -> Tensor:
+    """[T, 1 + N] cosines with one set of negatives for all tokens."""
+    picked = l2_normalize(torch.nn.functional.embedding(torch.cat([positive_index, negative_index]), rows))
+    positive_rows, negative_rows = picked.tensor_split([positive_index.numel()])
+    return torch.cat([(query * positive_rows).sum(1, keepdim=True), query @ negative_rows.T], dim=1)

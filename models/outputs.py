@@ -1,0 +1,47 @@
+"""What the models return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class GenRecModelOutput(ModelOutput):
+    """Output of a backbone.
+
+    Attributes:
+        last_hidden_state: [1, T, D] for packed input, [B, L, D] for padded input (zero at padding).
+        hidden_states: with `output_hidden_states=True`, one tensor [T, D] per layer input and the last output, packed.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class RetrievalModelOutput(ModelOutput):
+    """Output of a model for retrieval.
+
+    Attributes:
+        loss: scalar, with labels and negatives: sum over trained tokens / `num_items_in_batch` (without it: mean).
+        query_embeddings: [1, T, D] or [B, L, D], L2-normalised: entry t is the query for the event after t.
+        hidden_states: see `GenRecModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    query_embeddings: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class RetrievalOutput(ModelOutput):
+    """Recommended items, best first.
+
+    Attributes:
+        item_ids: int64 [B, k]. Any int64 can be an id: it is the score that says whether there is an item.
+        scores: float32 [B, k], cosine of query and item; -inf (with item id -1) where fewer than k candidates are left.
+    """
+
+    item_ids: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None

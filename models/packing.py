@@ -1,0 +1,182 @@
+"""Packed (jagged) micro-batches and the padded form of them.
+
+Inside the models T tokens of B sequences lie one behind the other; `cu_seq_lens` [B + 1] says where each sequence
+starts.
+A padded batch `[B, L]` with an `attention_mask` is packed at the door and unpacked on the way out. No id marks padding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Fields of a micro-batch that hold one entry per token: [1, T, ...] packed, [B, L, ...] padded.
+TOKEN_FIELDS = (
+    "input_ids",
+    "position_ids",
+    "timestamps",
+    "target_timestamps",
+    "labels",
+    "label_mask",
+    "label_log_q",
+    "token_keys",
+)
+
+
+@dataclass
+class JaggedLayout:
+    """Where each of the B sequences lies among T packed tokens, and when its events happened.
+
+    Attributes:
+        cu_seq_lens: int64 [B + 1] on the device of the tokens, starts of the sequences, the last entry is T.
+        lengths: the B lengths on the host.
+        timestamps: int64 [T] seconds, time of each event, or None.
+        target_timestamps: int64 [T] seconds, time of the event to be predicted at each token, or None.
+        cache: what an op derives from the layout and wants to share between the layers of one forward pass.
+    """
+
+    cu_seq_lens: Tensor
+    lengths: list[int]
+    timestamps: Tensor | None = None
+    target_timestamps: Tensor | None = None
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths, default=0)
+
+    @classmethod
+    def from_cu_seq_lens(cls, cu_seq_lens: Tensor, num_tokens: int, **times: Tensor | None) -> "JaggedLayout":
+        """Check `cu_seq_lens` [B + 1] against the T tokens that it describes.
+
+        Raises:
+            ValueError: when it does not rise from 0 to `num_tokens`.
+        """
+        starts = cu_seq_lens.tolist()
+        lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        if not starts or starts[0] != 0 or starts[-1] != num_tokens or any(length < 0 for length in lengths):
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to the number of tokens, {num_tokens}; got {_shorten(starts)}."
+            )
+        return cls(cu_seq_lens.to(torch.int64), lengths, **times)
+
+
+def is_padded(batch: Mapping[str, Any]) -> bool:
+    """True for `[B, L]` input (mask given, or no `cu_seq_lens_q`); False for packed `[1, T]` input."""
+    return batch.get("cu_seq_lens_q") is None
+
+
+def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a padded micro-batch into a packed one; a packed one is returned as it is.
+
+    Args:
+        batch: `input_ids` int64 [B, L] and `attention_mask` [B, L] (non-zero = token; without it all are tokens;
+            left, right
+            and scattered padding are alike), and any of `TOKEN_FIELDS` [B, L], `negative_ids` [B, L, N] or [N].
+
+    Returns:
+        `input_ids` int64 [1, T], `position_ids` (from 0 in each sequence unless given), `cu_seq_lens_q` int32 [B + 1],
+        `max_length_q`, and the other fields, packed. Fields that are None are left out.
+
+    Raises:
+        ValueError: when a field does not have the shape of `input_ids`.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[5, 6], [7, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
+        >>> pack_batch(batch)["input_ids"]
+        tensor([[5, 6, 7]])
+    """
+    batch = {name: value for name, value in batch.items() if value is not None}
+    if not is_padded(batch):
+        if "attention_mask" in batch:
+            raise ValueError(
+                "A batch is packed (cu_seq_lens_q) or padded (attention_mask), not both: give one of them."
+            )
+        return batch
+    input_ids = batch["input_ids"]
+    if input_ids.dim() != 2:
+        raise ValueError(f"Padded input_ids must have shape [B, L]; got {tuple(input_ids.shape)}.")
+    mask = batch.pop("attention_mask", None)
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}.")
+    names = [*TOKEN_FIELDS, "negative_ids"] if batch.get("negative_ids", input_ids).dim() == 3 else TOKEN_FIELDS
+    packed = {name: _pack(name, value, mask) if name in names else value for name, value in batch.items()}
+    lengths = mask.sum(1)
+    packed["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    packed["max_length_q"] = int(lengths.max()) if lengths.numel() else 0
+    packed.setdefault("position_ids", (mask.long().cumsum(1) - 1)[mask].unsqueeze(0))
+    return packed
+
+
+def unpack(packed: Tensor, attention_mask: Tensor) -> Tensor:
+    """Put packed rows [1, T, ...] back to their places in [B, L, ...]; padding is zero."""
+    mask = attention_mask.bool()
+    return packed.new_zeros((*mask.shape, *packed.shape[2:])).masked_scatter(
+        mask.reshape(*mask.shape, *[1] * (packed.dim() - 2)), packed
+    )
+
+
+def packed_positions(layout: JaggedLayout) -> Tensor:
+    """int64 [T]: 0, 1, ... in each sequence."""
+    lengths = layout.cu_seq_lens.diff()
+    starts = torch.repeat_interleave(layout.cu_seq_lens[:-1], lengths, output_size=layout.num_tokens)
+    return torch.arange(layout.num_tokens, device=starts.device) - starts
+
+
+def next_timestamps(layout: JaggedLayout, timestamps: Tensor, request_timestamps: Tensor | None) -> Tensor:
+    """Time of the event after each token: of the next event of the sequence, of the request at its end.
+
+    Args:
+        timestamps: int64 [T] seconds.
+        request_timestamps: int64 [B] seconds, when the user asks; None: at the time of the last event.
+
+    Returns:
+        int64 [T].
+    """
+    if request_timestamps is not None and request_timestamps.shape != (len(layout.lengths),):
+        raise ValueError(
+            f"request_timestamps must hold one time per user, [{len(layout.lengths)}]; "
+            f"got shape {tuple(request_timestamps.shape)}."
+        )
+    following = torch.cat([timestamps[1:], timestamps[-1:]])
+    not_empty = layout.cu_seq_lens.diff() > 0
+    last = layout.cu_seq_lens[1:][not_empty] - 1
+    at_end = timestamps[last] if request_timestamps is None else request_timestamps.to(timestamps)[not_empty]
+    return following.index_copy(0, last, at_end)
+
+
+def keep_last(batch: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    """Truncate each sequence of a packed batch to its last `max_length` events; positions restart at 0."""
+    starts = batch["cu_seq_lens_q"].long()
+    lengths = starts.diff()
+    if not lengths.numel() or int(lengths.max()) <= max_length:
+        return dict(batch)
+    num_tokens = int(batch["input_ids"].shape[1])
+    remaining = torch.repeat_interleave(starts[1:], lengths, output_size=num_tokens)
+    keep = remaining - torch.arange(num_tokens, device=starts.device) <= max_length
+    kept = {
+        name: value[:, keep] if name in TOKEN_FIELDS or (name == "negative_ids" and value.dim() == 3) else value
+        for name, value in batch.items()
+        if name != "position_ids"
+    }
+    lengths = lengths.clamp(max=max_length)
+    kept["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    kept["max_length_q"] = max_length
+    return kept
+
+
+def _pack(name: str, value: Tensor, mask: Tensor) -> Tensor:
+    if value.shape[:2] != mask.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but input_ids {tuple(mask.shape)}: they must agree.")
+    return value[mask].unsqueeze(0)
+
+
+def _shorten(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"[{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}]"
