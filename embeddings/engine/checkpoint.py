@@ -1,0 +1,163 @@
+"""Saving and loading a GenRecEngine: dense and sparse side, schedulers, counters and the caller's state."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from grzoo import __version__
+from grzoo.embeddings.exchange import Exchange
+from grzoo.embeddings.io import load_tables, save_tables
+
+from . import folder as folders
+from .dense import DenseState
+from .dense_io import check_dense, load_dense, save_dense
+from .training_state import check_training_state, restore_training_state, training_state
+
+if TYPE_CHECKING:
+    from .engine import GenRecEngine
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.json"
+
+T = TypeVar("T")
+
+
+def save_checkpoint(engine: "GenRecEngine", save_dir: Path, tag: str, client_state: Mapping[str, Any]) -> Path:
+    """See `GenRecEngine.save_checkpoint`."""
+    exchange = engine.exchange
+    target = save_dir / tag
+    state = _together(exchange, lambda: _encode_state(engine, tag, client_state))
+    _together(exchange, lambda: folders.start(target) if exchange.rank == 0 else None)
+    try:
+        temporary = _together(exchange, lambda: _visible(folders.temporary_path(target)))
+        save_dense(DenseState(engine.deepspeed), temporary, exchange)
+        save_tables(engine.collection, temporary, state=True)
+        _together(exchange, lambda: folders.write_text(temporary / STATE, state) if exchange.rank == 0 else None)
+        files = _fingerprints(exchange, temporary)
+        seal = engine.global_steps
+        _together(exchange, lambda: folders.publish(target, files, seal) if exchange.rank == 0 else None)
+    except Exception:
+        if exchange.rank == 0:
+            shutil.rmtree(folders.temporary_path(target), ignore_errors=True)
+        raise
+    return target
+
+
+def load_checkpoint(engine: "GenRecEngine", load_dir: Path, tag: str | None) -> tuple[Path, dict[str, Any]]:
+    """See `GenRecEngine.load_checkpoint`."""
+    exchange = engine.exchange
+    target = find_checkpoint(load_dir, tag, exchange)
+    state = _together(exchange, lambda: _read_state(target))
+    dense = DenseState(engine.deepspeed)
+    _together(exchange, lambda: check_training_state(engine, state, target))
+    _together(exchange, lambda: check_dense(dense, target, state["dense"]))
+    load_tables(engine.collection, target, state=True)
+    dense.create_states(state["dense"]["states"], state["dense"]["scalars"])
+    load_dense(dense, target, exchange)
+    restore_training_state(engine, state)
+    return target, state["client_state"]
+
+
+def find_checkpoint(load_dir: Path, tag: str | None, exchange: Exchange) -> Path:
+    """The checkpoint to load, verified against its checksums: the one that is named, else the newest undamaged one.
+
+    A damaged newer one is passed over with a warning. Collective; each rank reads a part of the files.
+
+    Raises:
+        ValueError: on every rank, when there is none, or the one that is named is damaged.
+    """
+    named = tag is not None or (load_dir / folders.COMPLETE).exists()
+    paths = [load_dir / tag if tag is not None else load_dir] if named else folders.candidates(load_dir)
+    damage: list[str] = []
+    for path in paths:
+        try:
+            _verify(exchange, path)
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        for message in damage if exchange.rank == 0 else ():
+            logger.warning("passed over: %s", message)
+        return path
+    if named:
+        raise ValueError(damage[0])
+    detail = "; ".join(damage) or "it has no folder checkpoint-N"
+    raise ValueError(f"no complete checkpoint in {load_dir}: {detail}")
+
+
+def _verify(exchange: Exchange, path: Path) -> None:
+    files = _together(exchange, lambda: folders.read_seal(path))
+    mine = sorted(files)[exchange.rank :: exchange.world_size]
+
+    def check() -> None:
+        for name in mine:
+            folders.check_file(path, name, files[name])
+
+    _together(exchange, check)
+
+
+def _encode_state(engine: "GenRecEngine", tag: str, client_state: Mapping[str, Any]) -> str:
+    if Path(tag).name != tag or tag in (".", ".."):
+        raise ValueError(f"tag {tag!r} is not the name of a folder")
+    dense = DenseState(engine.deepspeed)
+    state = {
+        "format_version": folders.FORMAT_VERSION,
+        "versions": {"grzoo": __version__, "torch": str(torch.__version__)},
+        "dense": {"states": dense.state_keys(), "scalars": dense.scalars()},
+        **training_state(engine),
+    }
+    try:
+        return json.dumps(state | {"client_state": dict(client_state)}, indent=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"client_state or a scheduler's state is not JSON: {error}; pass numbers and strings"
+        ) from error
+
+
+def _read_state(target: Path) -> dict[str, Any]:
+    state = folders.read_json(target / STATE)
+    if state.get("format_version") != folders.FORMAT_VERSION:
+        raise ValueError(
+            f"{target / STATE} has format version {state.get('format_version')!r}; this grzoo reads "
+            f"{folders.FORMAT_VERSION}"
+        )
+    return state
+
+
+def _visible(temporary: Path) -> Path:
+    if not temporary.is_dir():
+        raise ValueError(
+            f"this rank does not see {temporary}, which rank 0 has made: save to a folder that all ranks share"
+        )
+    return temporary
+
+
+def _fingerprints(exchange: Exchange, temporary: Path) -> dict[str, dict[str, Any]]:
+    """Checksums of all files, each computed by one rank, on rank 0 and everywhere."""
+
+    def mine() -> dict[str, dict[str, Any]]:
+        names = sorted(path.name for path in temporary.iterdir())
+        return {name: folders.fingerprint(temporary / name) for name in names[exchange.rank :: exchange.world_size]}
+
+    encoded = json.dumps(_together(exchange, mine)).encode()
+    files: dict[str, dict[str, Any]] = {}
+    for part in exchange.gather_ints(list(encoded)):
+        files |= json.loads(bytes(part))
+    return files
+
+
+def _together(exchange: Exchange, work: Callable[[], T]) -> T:
+    """Runs `work`, which must not communicate, on every rank; when it fails on one, all raise."""
+    result: T | None = None
+    problem: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        problem = error
+    exchange.agree(problem)
+    return result  # type: ignore[return-value]
