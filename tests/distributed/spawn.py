@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _join(ranks: list[Any], timeout: float) -> list[int]:
     deadline = time.monotonic() + timeout
     running = dict(enumerate(ranks))
     while running and time.monotonic() < deadline:
-        mp.connection.wait([p.sentinel for p in running.values()], timeout=deadline - time.monotonic())
+        wait([p.sentinel for p in running.values()], timeout=deadline - time.monotonic())
         if any(p.exitcode for p in running.values()):
             deadline = min(deadline, time.monotonic() + 5.0)
         running = {rank: p for rank, p in running.items() if p.exitcode is None}
