@@ -4,6 +4,7 @@ It is a pure function of the costs and the token counts of the global batch, whi
 the same partition, nothing is communicated, and no sample changes its step.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
@@ -18,6 +19,7 @@ Float64 = NDArray[np.float64]
 
 _REFINEMENTS = 200
 _CLOSE_ENOUGH = 1e-3
+_SPREAD = 2.0
 
 
 def token_cost(tokens: NDArray[np.int64]) -> Float64:
@@ -82,23 +84,50 @@ def plan_micro_batches(
     """Partition a global batch into `world_size` x micro-batches, the k-th micro-batches of the ranks alike.
 
     costs, tokens: [n], of each sample.  max_tokens: budget of a micro-batch.  micro_batches: their number per rank;
-    None takes the least that the budget allows (1 without a budget).  Bins are sorted by cost and dealt to the ranks
-    in groups of `world_size`, because collectives inside a micro-batch make its ranks wait for each other; every
-    second group is dealt backwards.
+    None takes the least that the budget allows (1 without a budget).  Collectives inside a micro-batch make its ranks
+    wait for each other, so what is kept small is the sum over k of the largest k-th micro-batch. Raises ValueError as
+    `partition`.
     """
     if world_size < 1 or (micro_batches is not None and micro_batches < 1):
         raise ValueError(f"world_size and micro_batches must be at least 1, got {world_size} and {micro_batches}")
     cost, count = np.asarray(costs, dtype=np.float64), np.asarray(tokens, dtype=np.int64)
     if micro_batches is not None:
-        bins = partition(cost, count, world_size * micro_batches, max_tokens)
-        return _deal(cost, bins, world_size, micro_batches)
+        plan = _plan(cost, count, world_size, micro_batches, max_tokens)
+        if plan is None:
+            raise ValueError(
+                f"{int(count.sum())} tokens do not fit into {world_size} ranks x {micro_batches} micro-batches of "
+                f"{max_tokens} tokens: use more micro-batches or a larger budget"
+            )
+        return plan
     least = 1 if max_tokens is None else max(1, -(-int(count.sum()) // (world_size * max_tokens)))
     # One sample per bin always fits, so the search ends.
     for number in range(least, max(least, -(-len(count) // world_size)) + 1):
-        found = try_partition(cost, count, world_size * number, max_tokens)
-        if found is not None:
-            return _deal(cost, found, world_size, number)
+        plan = _plan(cost, count, world_size, number, max_tokens)
+        if plan is not None:
+            return plan
     raise AssertionError("one sample per bin fits every budget that the largest sample fits")
+
+
+def _plan(cost: Float64, count: Int64, world_size: int, number: int, max_tokens: int | None) -> MicroBatchPlan | None:
+    """The better of equal micro-batches and of micro-batches of falling cost; None when neither keeps the budget."""
+    bins = try_partition(cost, count, world_size * number, max_tokens)
+    plans = [] if bins is None else [_deal(cost, bins, world_size, number)]
+    if number > 1:
+        budget = max_tokens if max_tokens is not None else _implied_budget(count, world_size * number)
+        falling = _falling(cost, count, world_size, number, budget)
+        plans += [] if falling is None else [falling]
+    return min(plans, key=lambda plan: step_cost(cost, plan, world_size), default=None)
+
+
+def _implied_budget(count: Int64, num_bins: int) -> int:
+    """Whoever fixes the number of micro-batches wants them small: twice their mean, or the longest sample."""
+    return max(int(count.max(initial=0)), math.ceil(_SPREAD * int(count.sum()) / num_bins))
+
+
+def step_cost(costs: ArrayLike, plan: MicroBatchPlan, world_size: int) -> float:
+    """Sum over micro-batches of the cost of the slowest rank: the time of a step whose ranks wait for each other."""
+    loads = bin_costs(costs, plan.micro_batch * world_size + plan.rank, plan.num_micro_batches * world_size)
+    return float(loads.reshape(-1, world_size).max(axis=1).sum())
 
 
 def bin_costs(costs: ArrayLike, bins: Int64, num_bins: int) -> Float64:
@@ -219,9 +248,49 @@ def _exchange(
 
 
 def _deal(cost: Float64, bins: Int64, world_size: int, num_micro_batches: int) -> MicroBatchPlan:
+    """Bins sorted by cost and dealt to the ranks in groups of `world_size`, every second group backwards."""
     order = np.argsort(-bin_costs(cost, bins, world_size * num_micro_batches), kind="stable")
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     micro_batch, rank = np.divmod(place, world_size)
     rank = np.where(micro_batch % 2 == 1, world_size - 1 - rank, rank)
     return MicroBatchPlan(micro_batch[bins], rank[bins], num_micro_batches)
+
+
+def _falling(cost: Float64, count: Int64, world_size: int, number: int, max_tokens: int) -> MicroBatchPlan | None:
+    """Micro-batches of falling cost: the first is as costly as the longest sample, so that no rank waits for it.
+
+    Each takes, longest first, what fits below its level: the larger of the longest sample left and an equal share of
+    what is left. The last one is an ordinary partition of the rest.
+    """
+    micro_batch, rank = np.zeros(len(cost), dtype=np.int64), np.zeros(len(cost), dtype=np.int64)
+    left = np.array(_descending(cost), dtype=np.int64)
+    for index in range(number - 1):
+        if not len(left):
+            break
+        level = max(float(cost[left[0]]), float(cost[left].sum()) / (world_size * (number - index)))
+        chosen = _fill(cost[left].tolist(), count[left].tolist(), world_size, level, max_tokens)
+        taken = chosen >= 0
+        micro_batch[left[taken]], rank[left[taken]] = index, chosen[taken]
+        left = left[~taken]
+    bins = try_partition(cost[left], count[left], world_size, max_tokens)
+    if bins is None:
+        return None
+    micro_batch[left], rank[left] = number - 1, bins
+    return MicroBatchPlan(micro_batch, rank, number)
+
+
+def _fill(costs: list[float], tokens: list[int], num_bins: int, level: float, max_tokens: int) -> Int64:
+    """Each sample in order to the cheapest bin, if that stays below `level` and the budget; -1 for the others."""
+    heap = [(0.0, index) for index in range(num_bins)]
+    room = [max_tokens] * num_bins
+    limit = level * (1 + 1e-12)
+    chosen = []
+    for cost, count in zip(costs, tokens, strict=True):
+        load, index = heap[0]
+        fits = load + cost <= limit and count <= room[index]
+        if fits:
+            heapreplace(heap, (load + cost, index))
+            room[index] -= count
+        chosen.append(index if fits else -1)
+    return np.array(chosen, dtype=np.int64)

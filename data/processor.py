@@ -10,12 +10,14 @@ import torch
 from huggingface_hub import HfApi
 from numpy.typing import ArrayLike
 from transformers import BatchFeature, FeatureExtractionMixin
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 from transformers.utils.hub import resolve_revision
 
 from .catalogue import Catalogue, OriginalId
 from .jagged import Int64, offsets_of, within
 from .schema import ITEMS_FILE, SCHEMA_FILE, DatasetSchema
+
+logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "preprocessor_config.json"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -57,9 +59,7 @@ class GenRecProcessor(FeatureExtractionMixin):
         if unknown not in _UNKNOWN:
             raise ValueError(f"unknown is {unknown!r}; it is one of {', '.join(_UNKNOWN)}")
         if unknown == "keep" and self.catalogue.id_mapping == "vocabulary":
-            raise ValueError(
-                "unknown='keep' needs ids outside the catalogue, a vocabulary has none: use 'error' or 'skip'"
-            )
+            raise ValueError("a vocabulary has no ids for unknown items: set unknown to 'error' or 'skip'")
         return unknown
 
     @classmethod
@@ -87,10 +87,10 @@ class GenRecProcessor(FeatureExtractionMixin):
         known |= {key: rest[key] for key in known if key in rest}
         return cls(catalogue, schema, **known)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Write `preprocessor_config.json`, `schema.json` and `items.parquet`; with `push_to_hub` upload these three."""
+        """Write `preprocessor_config.json`, `schema.json` and `items.parquet`; `push_to_hub` uploads these three."""
         folder = Path(save_directory)
         (path,) = super().save_pretrained(str(folder))
         self.schema.save(folder)
@@ -169,9 +169,7 @@ class GenRecProcessor(FeatureExtractionMixin):
             raise ValueError(
                 f"the catalogue has no item {missing[0]!r}: leave it out of the history, or pass unknown='skip'"
             )
-        from transformers.utils import logging
-
-        logging.get_logger("transformers").warning(f"skipped {len(missing)} unknown items, the first is {missing[0]!r}")
+        logger.warning(f"skipped {len(missing)} unknown items, the first is {missing[0]!r}")
         return ids, known
 
     def _recent(self, counts: Int64) -> Any:
@@ -199,7 +197,7 @@ def _times(timestamps: Sequence[Sequence[int]], counts: Int64) -> Int64:
     given = [len(times) for times in timestamps]
     if given != counts.tolist():
         raise ValueError(
-            f"timestamps have the lengths {given[:8]}, the histories {counts[:8].tolist()}: give one per event"
+            f"timestamps have the lengths {given[:8]}, the histories {counts[:8].tolist()}: they must agree"
         )
     return np.array([time for times in timestamps for time in times], dtype=np.int64)
 

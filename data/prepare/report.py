@@ -1,7 +1,7 @@
 """What was prepared: the numbers that are printed and the dataset card."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from .config import PrepareConfig
 from .log import GroupedLog
 from .splits import Split
+from .writer import short_source
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def card(report: Report, split: Split, id_mapping: str) -> str:
     """The dataset card: front matter by which `datasets.load_dataset` finds the splits, then the report."""
     files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in split.rows)
     arguments = ", ".join(f"{key} {value}" for key, value in split.arguments.items())
-    lines = "\n".join(f"- {line}" for line in report.lines())
+    lines = "\n".join(f"- {line}" for line in replace(report, source=short_source(report.source)).lines())
     return f"""---
 configs:
 - config_name: default

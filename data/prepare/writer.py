@@ -69,8 +69,13 @@ def schema_of(grouped: GroupedLog, name: str, split: Split, statistics: Mapping[
         user_id_dtype="int64" if pa.types.is_integer(grouped.user_ids.type) else "string",
         split=dict(split.arguments),
         statistics=dict(statistics),
-        source=grouped.log.source,
+        source=short_source(grouped.log.source),
     )
+
+
+def short_source(source: str) -> str:
+    """`source` without the folders of this machine: of a path its last two parts."""
+    return "/".join(Path(source).parts[-2:]) if Path(source).exists() else source
 
 
 def write_splits(folder: Path, grouped: GroupedLog, split: Split) -> None:
