@@ -63,7 +63,12 @@ class OptimizerArguments:
         "adamw", "Optimizer of the embedding tables."
     )
     sparse_learning_rate: float | None = option(None, "Peak learning rate of the tables; default: learning_rate.")
-    sparse_weight_decay: float = option(0.0, "Weight decay of the rows that a step touches (adamw, sgd).")
+    sparse_weight_decay: float = option(0.0, "Weight decay of the rows that a step touches (adamw, adam, sgd).")
+
+    @property
+    def table_learning_rate(self) -> float:
+        """Peak learning rate of the tables."""
+        return self.learning_rate if self.sparse_learning_rate is None else self.sparse_learning_rate
 
 
 @dataclass

@@ -3,9 +3,6 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, get_scheduler
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 from grzoo.data import GenRecCollator, GlobalBatchSampler, StepLoader
 from grzoo.embeddings import (
     DynamicEmbeddingCollection,
@@ -19,10 +16,12 @@ from grzoo.embeddings import (
 from grzoo.embeddings.engine import GenRecEngine, initialize
 from grzoo.embeddings.engine.config import EngineConfig
 from grzoo.models import AutoModelForRetrieval
+from transformers import PreTrainedConfig, get_scheduler
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .arguments import OptimizerArguments
 from .dataset_folder import LoadedData
-from .parsing import build_config, near
+from .parsing import build_config
 from .runtime import Runtime, UserError, user_errors
 from .settings import Settings
 
@@ -45,7 +44,7 @@ def build_model_config(settings: Settings, *, has_timestamps: bool) -> PreTraine
     model_type = options.pop("model_type", "hstu")
     retrieval = [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name].__module__.startswith("grzoo.")]
     if model_type not in retrieval:
-        raise UserError(f"no model_type {model_type!r}; there is {', '.join(retrieval)}{near(str(model_type), retrieval)}")
+        raise UserError(f"no model_type {model_type!r}; there is {', '.join(retrieval)}")
     for name, flag in _OWNED.items():
         if name in options:
             raise UserError(f"set {flag} instead of model.{name}: the batches follow it too")
@@ -120,8 +119,7 @@ def build_engine(settings: Settings, model: Any, deepspeed: EngineConfig, total_
 
 def build_sparse_optimizer(collection: DynamicEmbeddingCollection, arguments: OptimizerArguments) -> SparseOptimizer:
     """The optimizer of the tables that `--sparse_optimizer` names."""
-    lr = arguments.learning_rate if arguments.sparse_learning_rate is None else arguments.sparse_learning_rate
-    norm, decay = arguments.max_grad_norm, arguments.sparse_weight_decay
+    lr, norm, decay = arguments.table_learning_rate, arguments.max_grad_norm, arguments.sparse_weight_decay
     if arguments.sparse_optimizer == "sgd":
         return SparseSGD(collection, lr, weight_decay=decay, max_grad_norm=norm)
     if arguments.sparse_optimizer == "adagrad":

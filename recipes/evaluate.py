@@ -1,7 +1,8 @@
 """Ranks a split of a dataset folder with a trained model, beside the popularity baseline.
 
     python recipes/evaluate.py --model outputs/demo/export --dataset_dir outputs/demo/dataset
-    deepspeed --num_accelerators 2 recipes/evaluate.py --model outputs/demo/checkpoint-180 --dataset_dir outputs/demo/dataset
+    deepspeed --num_accelerators 2 recipes/evaluate.py --model outputs/demo/checkpoint-180 \\
+        --dataset_dir outputs/demo/dataset
 """
 
 import json
@@ -10,12 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
-
-from grzoo.models import AutoModelForRetrieval
 from grzoo.recipes.arguments import CommonArguments, EvaluationArguments, option
 from grzoo.recipes.dataset_folder import has_split, load
 from grzoo.recipes.evaluation import Evaluator
-from grzoo.recipes.loading import model_folder
+from grzoo.recipes.loading import load_model
 from grzoo.recipes.parsing import parse
 from grzoo.recipes.report import metrics_table
 from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
@@ -42,11 +41,9 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     device = connect(runtime, use_cpu=common.use_cpu, local_rank=common.local_rank)
     group = dist.group.WORLD if runtime.world_size > 1 else None
     with user_errors():
-        folder = model_folder(Path(arguments.model), runtime)
-        model = AutoModelForRetrieval.from_pretrained(str(folder), process_group=group).to(device).eval()
-        evaluator = Evaluator(
-            data.folder, arguments.split, data.catalogue, evaluation, runtime, max_length=model.config.max_sequence_length
-        )
+        model = load_model(Path(arguments.model), group).to(device)
+        length = model.config.max_sequence_length
+        evaluator = Evaluator(data.folder, arguments.split, data.catalogue, evaluation, runtime, max_length=length)
     metrics, baseline = evaluator(model), evaluator.popularity()
     filtered = "left out" if evaluation.exclude_seen else "kept in"
     runtime.say(f"{arguments.split} split of {data.schema.name}, full ranking, seen items {filtered}")

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from torch import Tensor
-
 from grzoo.data import Catalogue, EvalLoader, EventDataset, MicroBatch
 from grzoo.models.retrieval import ShardedCatalogue
+from numpy.typing import NDArray
+from torch import Tensor
 
 from .arguments import EvaluationArguments
 from .metrics import ranking_metrics
@@ -83,7 +82,7 @@ class Evaluator:
         return candidates.ranks(queries, targets, (seen, offsets)).cpu()
 
     def _targets(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets int64 [n], what their users had seen before them int64 [S] and where each target's part starts [n + 1].
+        """Targets int64 [n], what their users had seen before int64 [S], and where each target's part starts [n + 1].
 
         With `exclude_seen` off the parts are empty.
         """

@@ -6,6 +6,7 @@ from typing import Any
 from grzoo.data import GenRecProcessor
 from grzoo.embeddings.engine import GenRecEngine
 from grzoo.embeddings.engine.dense import DenseState
+from transformers.utils.logging import disable_progress_bar
 
 from .dataset_folder import LoadedData
 from .model_card import model_card
@@ -31,6 +32,7 @@ def export(
         conditions: what the run was made with.
         command: the command line that made it.
     """
+    disable_progress_bar()  # of the few files that transformers writes
     dense = DenseState(engine.deepspeed)
     weights = {name: dense.gather(name)[f"model.{name}"] for name in dense.names()}
     model: Any = engine.module

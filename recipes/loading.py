@@ -1,15 +1,15 @@
 """A model from an export folder or from a checkpoint of a training run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 from grzoo.embeddings.io import load_tables
 from grzoo.models import AutoModelForRetrieval
+from safetensors import safe_open
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .runtime import UserError
 
@@ -40,3 +40,27 @@ def load_model(path: Path, process_group: dist.ProcessGroup | None = None) -> An
 def is_checkpoint(path: Path) -> bool:
     """Whether the folder is a complete checkpoint."""
     return (path / "COMPLETE.json").is_file()
+
+
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """What the training recipe left in a checkpoint: `model_config`, `dataset_dir`, `step`, position in the data.
+
+    Raises:
+        UserError: the checkpoint was written by another program.
+    """
+    state = json.loads((path / "state.json").read_text())["client_state"]
+    if "model_config" not in state:
+        raise UserError(f"{path} was not written by recipes/train.py: it does not say which model it holds")
+    return state  # type: ignore[no-any-return]
+
+
+def dense_weights(path: Path) -> dict[str, Tensor]:
+    """The float32 parameters and buffers of a checkpoint, by name, without the optimizer's state."""
+    prefix = "model."
+    weights: dict[str, Tensor] = {}
+    for file in sorted(path.glob("dense-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if name.startswith(prefix):
+                    weights[name.removeprefix(prefix)] = tensors.get_tensor(name)
+    return weights

@@ -31,7 +31,7 @@ def parse(classes: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], Sect
         argv: command line without the program's name.
 
     Returns:
-        One instance of each class, and the free sections "model" and "data": `model:` in the YAML, `--model.NAME VALUE`.
+        One instance of each class, and the free sections: `model:` in the YAML, `--model.NAME VALUE`; likewise `data`.
 
     Raises:
         UserError: unknown or malformed settings, with the nearest known names.

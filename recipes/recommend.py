@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grzoo.data import Catalogue
+from grzoo.data import GenRecProcessor
 from grzoo.models import AutoModelForRetrieval
 from grzoo.recipes.arguments import option
 from grzoo.recipes.parsing import parse
@@ -41,8 +41,8 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         raise UserError(f"{arguments.model} holds no model: give the export folder of a training run")
     with user_errors():
         model = AutoModelForRetrieval.from_pretrained(arguments.model).eval()
-        catalogue = Catalogue.from_folder(arguments.model)
-        result, expected = _recommend(arguments, model, catalogue)
+        processor = GenRecProcessor.from_pretrained(arguments.model)
+        result, expected = _recommend(arguments, model, processor)
     print(table(result))
     if expected is None:
         return
@@ -53,7 +53,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
 
 
 def _recommend(
-    arguments: RecommendArguments, model: Any, catalogue: Catalogue
+    arguments: RecommendArguments, model: Any, processor: GenRecProcessor
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if arguments.user is not None:
         if arguments.dataset_dir is None:
@@ -63,16 +63,16 @@ def _recommend(
     if arguments.expect is not None:
         expected = json.loads(Path(arguments.expect).read_text())
         wanted = {key: expected[key] for key in ("history", "timestamps", "request_timestamp")}
-        return recommend(model, catalogue, **wanted, top_k=len(expected["recommendations"])), expected
-    history = [_item(text, catalogue) for text in (arguments.history or "").split(",") if text.strip()]
+        return recommend(model, processor, **wanted, top_k=len(expected["recommendations"])), expected
+    history = [_item(text, processor) for text in (arguments.history or "").split(",") if text.strip()]
     times = None if arguments.timestamps is None else [int(text) for text in arguments.timestamps.split(",")]
-    return recommend(model, catalogue, history, timestamps=times, top_k=arguments.top_k), None
+    return recommend(model, processor, history, timestamps=times, top_k=arguments.top_k), None
 
 
-def _item(text: str, catalogue: Catalogue) -> Any:
+def _item(text: str, processor: GenRecProcessor) -> Any:
     """An original id: an integer where the catalogue's are, else text."""
     text = text.strip()
-    if catalogue.original_ids.type != "int64":
+    if processor.catalogue.original_ids.type != "int64":
         return text
     try:
         return int(text)

@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-
-from grzoo.data import Catalogue, EventDataset
+from grzoo.data import EventDataset, GenRecProcessor
 
 from .runtime import UserError
 
 
 def recommend(
     model: Any,
-    catalogue: Catalogue,
+    processor: GenRecProcessor,
     history: list[Any],
     *,
     timestamps: list[int] | None = None,
@@ -32,39 +30,30 @@ def recommend(
         {"history", "timestamps", "request_timestamp", "recommendations": [{"rank", "item_id", "title", "score"}]}.
 
     Raises:
-        UserError: an empty history, items that are not in the catalogue, timestamps of another number.
+        UserError: an empty history. ValueError: unknown items, timestamps of another number.
     """
     if not history:
         raise UserError("the history is empty: give at least one item")
-    ids, known = catalogue.encode(history)
-    if not known.all():
-        unknown = [item for item, ok in zip(history, known, strict=True) if not ok]
-        raise UserError(f"the catalogue does not know item {unknown[0]!r}: leave it out ({len(unknown)} of {len(history)})")
-    if timestamps is not None and len(timestamps) != len(history):
-        raise UserError(f"{len(timestamps)} timestamps for {len(history)} items: give one per item")
-    device = next(model.parameters()).device
     times: dict[str, Any] = {}
     if getattr(model.config, "use_time_bias", False):
-        times["timestamps"] = torch.tensor([timestamps or [0] * len(history)], device=device)
-        if request_timestamp is not None and timestamps is not None:
-            times["request_timestamps"] = torch.tensor([request_timestamp], device=device)
-    output = model.recommend(
-        torch.tensor(np.array(ids)[None], device=device),
-        top_k=min(top_k, len(catalogue)),
-        candidates=torch.from_numpy(catalogue.ids).to(device),
-        **times,
-    )
-    scores = output.scores[0].tolist()
-    best = [(item, score) for item, score in zip(output.item_ids[0].tolist(), scores, strict=True) if score > -np.inf]
-    items = np.array([item for item, _ in best], dtype=np.int64)
-    names = zip(catalogue.decode(items), catalogue.titles(items), best, strict=True)
+        times["timestamps"] = [timestamps or [0] * len(history)]
+        if timestamps and request_timestamp is not None:
+            times["request_timestamps"] = [request_timestamp]
+    device = next(model.parameters()).device
+    catalogue = processor.catalogue
+    inputs = {name: value.to(device) for name, value in processor([history], **times).items()}
+    candidates = torch.from_numpy(catalogue.ids).to(device)
+    output = model.recommend(**inputs, top_k=min(top_k, len(catalogue)), candidates=candidates)
+    shown = output.scores[0] > -torch.inf
+    items, scores = output.item_ids[0][shown].cpu(), output.scores[0][shown].tolist()
+    rows = zip(processor.decode(items), processor.titles(items), scores, strict=True)
     return {
         "history": history,
         "timestamps": timestamps,
         "request_timestamp": request_timestamp,
         "recommendations": [
             {"rank": rank, "item_id": item, "title": title, "score": round(score, 6)}
-            for rank, (item, title, (_, score)) in enumerate(names, start=1)
+            for rank, (item, title, score) in enumerate(rows, start=1)
         ],
     }
 
@@ -79,13 +68,13 @@ def recommend_to_row(model: Any, folder: Path, *, row: int, top_k: int) -> dict[
     dataset = EventDataset.from_folder(folder, "test")
     if not 0 <= row < len(dataset):
         raise UserError(f"user row {row} is not in the test split: it has rows 0 to {len(dataset) - 1}")
-    catalogue = Catalogue.from_folder(folder)
+    processor = GenRecProcessor.from_dataset(folder)
     events = dataset.rows([row])
-    history = catalogue.decode(events["item_id"][:-1])
+    history = processor.decode(events["item_id"][:-1])
     times = events["timestamp"].tolist() if dataset.has_timestamps else None
     found = recommend(
         model,
-        catalogue,
+        processor,
         history,
         timestamps=times[:-1] if times else None,
         request_timestamp=times[-1] if times else None,
@@ -103,7 +92,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def differences(result: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> str:
-    """What differs between two lists of recommendations: items, titles and their order exactly, scores to `tolerance`."""
+    """What differs between two lists of recommendations: items, titles and order exactly, scores to `tolerance`."""
     ours, theirs = result["recommendations"], expected["recommendations"]
     if [(e["item_id"], e["title"]) for e in ours] != [(e["item_id"], e["title"]) for e in theirs]:
         return f"expected the items {[e['item_id'] for e in theirs]}, got {[e['item_id'] for e in ours]}"

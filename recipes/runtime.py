@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,6 +131,8 @@ def user_errors() -> Iterator[None]:
 
 def run(main: Callable[[Runtime, list[str]], None], argv: list[str] | None = None) -> None:
     """Runs `main(runtime, arguments)` of a recipe: one message and exit code 2 on every rank for a user's mistake."""
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has begun to replace: a line at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     runtime = Runtime(0, 0, 1, 1)
     try:

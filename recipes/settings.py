@@ -16,8 +16,20 @@ from .parsing import parse
 from .runtime import UserError
 
 _CLASSES = [CommonArguments, DataArguments, EvaluationArguments, OptimizerArguments, StepArguments, TrainingArguments]
-_POSITIVE = ("global_batch_size", "max_length", "num_negatives", "logging_steps", "eval_steps", "eval_epochs", "save_steps",
-             "eval_batch_size", "max_tokens_per_device", "micro_batches", "num_train_epochs", "learning_rate")  # fmt: skip
+_POSITIVE = (
+    "global_batch_size",
+    "max_length",
+    "num_negatives",
+    "logging_steps",
+    "eval_steps",
+    "eval_epochs",
+    "eval_batch_size",
+    "save_steps",
+    "max_tokens_per_device",
+    "micro_batches",
+    "num_train_epochs",
+    "learning_rate",
+)
 
 
 @dataclass
@@ -41,7 +53,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
         UserError: unknown, malformed or impossible settings.
     """
     values, sections = parse(_CLASSES, argv)
-    settings = Settings(*values, model_options=sections["model"], data_options=sections["data"])
+    settings = Settings(*values, sections["model"], sections["data"])
     for group in values:
         for name in _POSITIVE:
             value = getattr(group, name, None)

@@ -20,7 +20,8 @@ def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int
     """
     model, step, optimizer = engine.module, settings.step, settings.optimizer
     return {
-        "model": f"{type(model).__name__}, {_dense_parameters(model):,} dense parameters, {_per_user(data, model, settings)}",
+        "model": f"{type(model).__name__}, {_dense_parameters(model):,} dense parameters, "
+        f"{_flops_per_user(data, model, settings) / 1e6:,.1f} MFLOP forward per user (mean)",
         "tables": "; ".join(
             f"{name}: {table.embedding_dim} columns, rows inserted as ids appear"
             for name, table in engine.collection.tables.items()
@@ -32,8 +33,8 @@ def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int
         "step": f"{step.global_batch_size} users over all ranks, {_budget(step)}, {step.num_negatives} "
         f"{step.negative_sampling} negatives, {total_steps:,} steps",
         "optimizers": f"dense adamw lr {optimizer.learning_rate:g}, tables {optimizer.sparse_optimizer} lr "
-        f"{optimizer.learning_rate if optimizer.sparse_learning_rate is None else optimizer.sparse_learning_rate:g}, "
-        f"schedule {optimizer.lr_scheduler_type}, clipping {optimizer.max_grad_norm or 'off'}, seed {settings.common.seed}",
+        f"{optimizer.table_learning_rate:g}, schedule {optimizer.lr_scheduler_type}, "
+        f"clipping {optimizer.max_grad_norm or 'off'}, seed {settings.common.seed}",
     }
 
 
@@ -41,10 +42,10 @@ def versions() -> dict[str, str]:
     """Versions and machine: the conditions of every measured number."""
     from importlib.metadata import version
 
-    packages = ("grzoo", "torch", "deepspeed", "transformers")
+    packages = [f"{name} {version(name)}" for name in ("grzoo", "torch", "deepspeed", "transformers")]
     return {
-        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}",
+        "versions": ", ".join([*packages, f"Python {platform.python_version()}"]),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
     }
 
 
@@ -52,13 +53,15 @@ def _dense_parameters(model: Any) -> int:
     return sum(int(np.prod(getattr(p, "ds_shape", p.shape))) for p in model.parameters())
 
 
-def _per_user(data: LoadedData, model: Any, settings: Settings) -> str:
+def _flops_per_user(data: LoadedData, model: Any, settings: Settings) -> float:
     lengths = np.minimum(np.maximum(data.train.lengths - 1, 0), settings.data.max_length)
-    return f"{float(np.mean(model.flops(lengths))) / 1e6:,.1f} MFLOP forward per user (mean)"
+    return float(np.mean(model.flops(lengths)))
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads each)"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads each)"
 
 
 def _backend(engine: Any, asked: str) -> str:

@@ -10,7 +10,6 @@
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from grzoo.recipes.recommending import recommend_to_row, table
 from grzoo.recipes.report import metrics_table, write_report
 from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
 from grzoo.recipes.settings import Settings, read_settings
-from grzoo.recipes.summary import describe
+from grzoo.recipes.summary import describe, versions
 from grzoo.recipes.training import TrainingLoop, checkpoints, total_steps
 
 
@@ -48,16 +47,23 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     log_dir = Path(settings.training.output_dir or "") if runtime.is_main else None
     log = MetricsLog(log_dir, report_to=settings.training.report_to)
     loop = TrainingLoop(
-        engine, loader, settings.training, log, runtime, total_steps=steps, evaluate=lambda: evaluate(engine.module)
+        engine,
+        loader,
+        settings.training,
+        log,
+        runtime,
+        total_steps=steps,
+        evaluate=lambda: evaluate(engine.module),
+        identity={"model_config": json.loads(config.to_json_string(use_diff=False)), "dataset_dir": str(data.folder)},
     )
     if resume_from:
         with user_errors():
-            runtime.say(f"resumed from {resume_from} at step {loop.resume(resume_from)}")
+            runtime.say(f"resumed at step {loop.resume(resume_from)} from {resume_from}")
     log.start_at(loop.step)
     if loop.step == 0:
         log.write(0, 0.0, {f"popularity/{name}": value for name, value in evaluate.popularity().items()})
     loop.run()
-    _finish(settings, data, engine, loop, evaluators, conditions, runtime)
+    _finish(settings, data, engine, loop, evaluators, conditions, argv, runtime)
     log.close()
 
 
@@ -68,24 +74,26 @@ def _finish(
     loop: TrainingLoop,
     evaluators: dict[str, Evaluator],
     conditions: dict[str, str],
+    argv: list[str],
     runtime: Runtime,
 ) -> None:
     """Final metrics beside the baseline, sample recommendations, the export and the report."""
     output_dir = Path(settings.training.output_dir or "")
     metrics, baseline = _final_metrics(loop, evaluators, engine)
     sample = recommend_to_row(engine.module, data.folder, row=0, top_k=10)
-    command = " ".join(["train.py", *sys.argv[1:]])
-    export(engine, data, output_dir / "export", metrics=metrics, baseline=baseline, conditions=conditions, command=command)
+    command = " ".join(["train.py", *(word for word in argv if not word.startswith("--local_rank"))])
+    folder = output_dir / "export"
+    export(engine, data, folder, metrics=metrics, baseline=baseline, conditions=conditions, command=command)
     if not runtime.is_main:
         return
     (output_dir / "recommendations.json").write_text(json.dumps(sample, indent=1) + "\n")
-    title = f"{conditions['model'].split()[0]} on {data.schema.name}"
-    report = write_report(output_dir, title=title, conditions={**conditions, "command": command})
+    title = f"{type(engine.module).__name__} on {data.schema.name}"
+    report = write_report(output_dir, title=title, conditions={**conditions, **versions(), "command": command})
     filtered = "left out" if settings.evaluation.exclude_seen else "kept in"
     print(f"\ntest split, full ranking of {len(data.catalogue):,} items, seen items {filtered}")
     print(metrics_table(metrics, baseline))
     print(f"\nuser {sample['user']} gets\n{table(sample)}\n")
-    print(f"report {report}\nexport {output_dir / 'export'}", flush=True)
+    print(f"report {report}\nexport {folder}", flush=True)
 
 
 def _final_metrics(
@@ -100,7 +108,7 @@ def _final_metrics(
         metrics = test(engine.module)
     values = {f"test/{name}": value for name, value in metrics.items()}
     values |= {f"test/popularity/{name}": value for name, value in baseline.items()}
-    loop.log.write(loop.step, loop.step / len(loop.loader.sampler), values)
+    loop.log.write(loop.step, loop.epoch, values)
     return metrics, baseline
 
 
@@ -123,13 +131,16 @@ def _evaluators(settings: Settings, data: LoadedData, config: Any, runtime: Runt
 
 
 def _checkpoint_to_resume(settings: Settings) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means; 'last' is None when output_dir has no checkpoint yet."""
+    """The folder that `--resume_from_checkpoint` means; None for 'last' when output_dir has no checkpoint yet.
+
+    For 'last' that is output_dir itself: the engine takes the newest checkpoint that is not damaged.
+    """
     wanted = settings.training.resume_from_checkpoint
     if wanted is None:
         return None
     if wanted == "last":
-        found = checkpoints(Path(settings.training.output_dir or ""))
-        return found[-1] if found else None
+        output_dir = Path(settings.training.output_dir or "")
+        return output_dir if checkpoints(output_dir) else None
     path = Path(wanted)
     if not path.is_dir():
         raise UserError(f"no checkpoint folder {wanted!r} for --resume_from_checkpoint; 'last' takes the newest")

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from grzoo.data import GlobalStep, StepLoader
 from grzoo.embeddings.engine import GenRecEngine, StepOutput
+from tqdm import tqdm
 
 from .arguments import TrainingArguments
 from .metrics_log import MetricsLog
@@ -61,6 +60,7 @@ class TrainingLoop:
     Args:
         evaluate: makes the metrics of one evaluation (collective); called when due by `arguments.eval_strategy`.
         total_steps: optimizer steps of the whole run, those before a resume included.
+        identity: JSON values that every checkpoint carries, to make the model of it again.
     """
 
     def __init__(
@@ -72,10 +72,11 @@ class TrainingLoop:
         runtime: Runtime,
         *,
         total_steps: int,
-        evaluate: Callable[[], dict[str, float]] | None,
+        evaluate: Callable[[], dict[str, float]],
+        identity: dict[str, Any],
     ) -> None:
         self.engine, self.loader, self.arguments, self.log, self.runtime = engine, loader, arguments, log, runtime
-        self.total_steps, self.evaluate = total_steps, evaluate
+        self.total_steps, self.evaluate, self.identity = total_steps, evaluate, identity
         self.step = 0
         self.last_evaluation: tuple[int, dict[str, float]] | None = None
 
@@ -90,7 +91,8 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Trains until `total_steps`."""
-        hide = True if not self.runtime.is_main or self.arguments.disable_tqdm else None  # None: hide without a terminal
+        # tqdm's None: hidden where there is no terminal.
+        hide = True if not self.runtime.is_main or self.arguments.disable_tqdm else None
         with tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hide) as bar:
             while self.step < self.total_steps:
                 self._run_epoch(bar)
@@ -104,38 +106,40 @@ class TrainingLoop:
             self.step += 1
             meter.add(global_step, output, data_seconds)
             bar.update()
-            epoch = self._epoch(global_step)
             ends_epoch = global_step.end[1] == 0
             if self.step % self.arguments.logging_steps == 0 or self.step == self.total_steps:
-                self._log(bar, meter, output, epoch)
+                self._log(bar, meter, output)
                 meter = Meter()
-            if self._is_due(self.arguments.eval_strategy, self.arguments.eval_steps, ends_epoch, global_step.epoch):
-                meter.began += self._evaluate(bar, epoch)
+            if self._evaluates(ends_epoch, global_step.epoch):
+                meter.began += self._evaluate(bar)
             if self._saves(ends_epoch):
                 meter.began += self._save()
             if self.step == self.total_steps:
                 return
             waiting = time.perf_counter()
 
-    def _epoch(self, global_step: GlobalStep) -> float:
-        end_epoch, end_cursor = global_step.end
-        return end_epoch + end_cursor / self.loader.sampler.rows_per_epoch
+    @property
+    def epoch(self) -> float:
+        """Passes over the training users so far."""
+        state = self.loader.state_dict()
+        return float(state["epoch"] + state["cursor"] / self.loader.sampler.rows_per_epoch)
 
-    def _log(self, bar: Any, meter: Meter, output: StepOutput, epoch: float) -> None:
+    def _log(self, bar: Any, meter: Meter, output: StepOutput) -> None:
         line = meter.line(output)
-        self.log.write(self.step, epoch, line)
+        self.log.write(self.step, self.epoch, line)
         loss, speed = line["train/loss"], line["train/tokens_per_second"]
         bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=f"{speed:,.0f}", refresh=False)
         if self.runtime.is_main:
-            text = f"step {self.step}/{self.total_steps}  epoch {epoch:.2f}  loss {loss:.4f}  {speed:,.0f} tokens/s"
+            text = f"step {self.step}/{self.total_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  {speed:,.0f} tokens/s"
             bar.write(text)
 
-    def _is_due(self, strategy: str, every_steps: int, ends_epoch: bool, epoch: int) -> bool:
+    def _evaluates(self, ends_epoch: bool, epoch: int) -> bool:
+        strategy = self.arguments.eval_strategy
         if self.step == self.total_steps:
             return strategy != "no"
         if strategy == "epoch":
             return ends_epoch and (epoch + 1) % self.arguments.eval_epochs == 0
-        return strategy == "steps" and self.step % every_steps == 0
+        return strategy == "steps" and self.step % self.arguments.eval_steps == 0
 
     def _saves(self, ends_epoch: bool) -> bool:
         strategy = self.arguments.save_strategy
@@ -143,14 +147,12 @@ class TrainingLoop:
             strategy == "steps" and self.step % self.arguments.save_steps == 0
         )
 
-    def _evaluate(self, bar: Any, epoch: float) -> float:
-        if self.evaluate is None:
-            return 0.0
+    def _evaluate(self, bar: Any) -> float:
         began = time.perf_counter()
         metrics = self.evaluate()
         seconds = time.perf_counter() - began
         self.last_evaluation = (self.step, metrics)
-        self.log.write(self.step, epoch, {**{f"eval/{k}": v for k, v in metrics.items()}, "eval/seconds": seconds})
+        self.log.write(self.step, self.epoch, {**{f"eval/{k}": v for k, v in metrics.items()}, "eval/seconds": seconds})
         if self.runtime.is_main:
             shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("ndcg@10", "hr@10", "hr@50", "mrr"))
             bar.write(f"evaluation after {self.step} steps: {shown}  ({seconds:.1f} s)")
@@ -160,7 +162,7 @@ class TrainingLoop:
         began = time.perf_counter()
         assert self.arguments.output_dir is not None
         folder = Path(self.arguments.output_dir)
-        state = {"loader": self.loader.state_dict(), "step": self.step}
+        state = {**self.identity, "loader": self.loader.state_dict(), "step": self.step}
         self.engine.save_checkpoint(folder, tag=f"checkpoint-{self.step}", client_state=state)
         if self.runtime.is_main:
             delete_old_checkpoints(folder, self.arguments.save_total_limit)
