@@ -1,6 +1,6 @@
 """Global steps of one rank: sampler -> balanced plan -> jagged micro-batches, in worker processes if asked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ from .balancing import Cost, plan_micro_batches, token_cost
 from .collator import EvalCollator, GenRecCollator, GlobalStep, MicroBatch
 from .dataset import EventDataset
 from .sampler import GlobalBatchSampler
+from .transport import PackedStep, pack, unpack
 from .windows import EveryTarget
 
 
-class _Steps(Dataset[GlobalStep]):
+class _Steps(Dataset[PackedStep]):
     """Position (epoch, cursor) -> GlobalStep of one rank: a pure function, so that any worker may build it."""
 
     def __init__(
@@ -31,8 +32,10 @@ class _Steps(Dataset[GlobalStep]):
         self.world_size, self.rank = world_size, rank
         self.max_tokens, self.micro_batches = max_tokens, micro_batches
 
-    def __getitem__(self, position: tuple[int, int]) -> GlobalStep:
-        epoch, cursor = position
+    def __getitem__(self, position: tuple[int, int]) -> PackedStep:
+        return pack(self.build(*position))
+
+    def build(self, epoch: int, cursor: int) -> GlobalStep:
         step = self.sampler.step_at(epoch, cursor)
         indices = self.sampler.batch_at(epoch, cursor)
         samples = self.collator.samples(indices)
@@ -115,10 +118,13 @@ class StepLoader:
 
     def step_at(self, epoch: int, cursor: int) -> GlobalStep:
         """The step at a position, computed here."""
-        return self._steps[epoch, cursor]
+        return self._steps.build(epoch, cursor)
 
     def __iter__(self) -> Iterator[GlobalStep]:
         positions = self.sampler.positions(*self._position)
+        if not self._workers["num_workers"] and not self._workers["pin_memory"]:
+            yield from self._serve(self._steps.build(*position) for position in positions)
+            return
         # A generator of its own: DataLoader otherwise draws a seed from torch's global one, and so moves it.
         loader = DataLoader(
             self._steps,
@@ -128,7 +134,10 @@ class StepLoader:
             generator=torch.Generator(),
             **self._workers,
         )
-        for step in loader:
+        yield from self._serve(unpack(packed) for packed in loader)
+
+    def _serve(self, steps: Iterable[GlobalStep]) -> Iterator[GlobalStep]:
+        for step in steps:
             self._position = step.end
             yield step
 
