@@ -66,7 +66,9 @@ def weight(rows: Tensor, ids: Tensor) -> Tensor:
     return (rows * factors.float() + (rows * 3).square()).sum()
 
 
-def train(rank: int, world_size: int, optimizer: str, micro_batches: int = 2, steps: int = 4, merge: bool = True) -> Any:
+def train(
+    rank: int, world_size: int, optimizer: str, micro_batches: int = 2, steps: int = 4, merge: bool = True
+) -> Any:
     """Train on the samples of each step dealt to ranks and micro-batches; return this rank's rows and norms."""
     tables = build(merge=merge)
     sparse = OPTIMIZERS[optimizer](tables)

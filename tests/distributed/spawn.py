@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks of this machine, with a time limit, and get its results or its exceptions back.
 
-`from spawn import spawn` works in every test (see tests/conftest.py). The function lives in a module beside this one, so
-that fresh processes can import it.
+`from spawn import spawn` works in every test (see tests/conftest.py). The function lives in a module beside this one,
+so that fresh processes can import it.
 """
 
 import json
@@ -25,7 +25,9 @@ class RankFailed(AssertionError):
     """Some rank raised, or did not finish in time; the message holds the tracebacks."""
 
 
-def _run(rank: int, world_size: int, folder: str, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, world_size: int, folder: str, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(1)
@@ -70,8 +72,8 @@ def spawn(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 
 
 
 def _join(ranks: list[Any], timeout: float) -> list[int]:
-    """Wait for all ranks; when one has failed the others get five seconds more. Kill the rest and return their numbers."""
-    deadline = time.monotonic() + timeout
+    """Wait for all ranks; when one has failed the others get five seconds more. Kill the rest and return their
+    numbers.""" deadline = time.monotonic() + timeout
     running = dict(enumerate(ranks))
     while running and time.monotonic() < deadline:
         wait([p.sentinel for p in running.values()], timeout=deadline - time.monotonic())

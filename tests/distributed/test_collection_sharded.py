@@ -48,7 +48,9 @@ def merged(parts: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
     for rank, part in enumerate(parts):
         for table, columns in part.items():
             into = result.setdefault(table, {})
-            assert owner(torch.tensor(columns["ids"], dtype=torch.int64), len(parts)).tolist() == [rank] * len(columns["ids"])
+            assert owner(torch.tensor(columns["ids"], dtype=torch.int64), len(parts)).tolist() == [rank] * len(
+                columns["ids"]
+            )
             for i, row in enumerate(columns["ids"]):
                 assert row not in into
                 into[row] = {name: values[i] for name, values in columns.items()}
@@ -166,9 +168,7 @@ def test_rows_loaded_alike_are_dealt_out_and_others_refused(ranks: list[Any]) ->
     optimizer = jobs.OPTIMIZERS["adamw"](expected)
     jobs.fill(expected)
     assert optimizer is expected.optimizer
-    assert_same_rows(
-        merged([result["reshard []"][0] for result in ranks]), merged([jobs.exported(expected)]), 0.0
-    )
+    assert_same_rows(merged([result["reshard []"][0] for result in ranks]), merged([jobs.exported(expected)]), 0.0)
     for result in ranks:
         _, (refused, text), (moved, _) = result["reshard []"]
         assert (refused, moved) == ("ValueError", "ValueError") and "different rows" in text

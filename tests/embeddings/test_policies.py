@@ -1,4 +1,5 @@
-"""S1: the value of an untouched row is a pure function of (seed, init_key, id, column), equal to its plain definition."""
+"""S1: the value of an untouched row is a pure function of (seed, init_key, id, column), equal to its plain
+definition."""
 
 import math
 
