@@ -41,6 +41,8 @@ def pack(step: GlobalStep) -> PackedStep:
         numbers.append({name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)})
     buffer = torch.empty(size, dtype=torch.uint8)
     for offset, value in parts:
+        if not value.numel():
+            continue  # no bytes, and torch refuses to view them
         flat = value.contiguous().view(-1).view(torch.uint8)
         buffer[offset : offset + len(flat)] = flat
     return PackedStep(replace(step, micro_batches=numbers), layouts, buffer)
@@ -52,6 +54,9 @@ def unpack(packed: PackedStep) -> GlobalStep:
     for layout, numbers in zip(packed.layouts, packed.step.micro_batches, strict=True):
         batch: MicroBatch = {}
         for name, (dtype, shape, offset) in layout.items():
+            if not shape.numel():
+                batch[name] = torch.empty(shape, dtype=dtype)
+                continue
             length = shape.numel() * dtype.itemsize
             batch[name] = packed.buffer[offset : offset + length].view(dtype).view(shape)
         batches.append(batch | numbers)

@@ -88,10 +88,10 @@ class RecentFirst:
 
 
 class EveryTarget:
-    """Samples that hold every target of a row once: as RecentFirst where all fit in the window, else several windows.
+    """Samples that hold every target of a row once: one where the row fits in `max_length + 1` events, else windows.
 
-    Windows of one row advance by half of `max_length`, so that a target of a later window sees at least half of
-    `max_length` events before it. Rows without a target that has context give no sample.
+    Windows of one row advance by half of `max_length`, so that every target sees that many events before it, or all there
+    are. Rows without a target that has context give no sample.
     """
 
     def __init__(self, dataset: EventDataset, max_length: int) -> None:
@@ -101,8 +101,7 @@ class EveryTarget:
         self._stride = max(1, max_length // 2)
         targets = end - first
         counts = np.where(targets <= 0, 0, -(-np.maximum(targets, 1) // self._stride))
-        # One window suffices when even the first target lies in the last one.
-        whole = (counts > 1) & (end - max_length <= first)
+        whole = (counts > 1) & (end <= max_length + 1)
         counts[whole] = 1
         rows = np.repeat(np.arange(len(end), dtype=np.int64), counts)
         back = np.repeat(counts, counts) - 1 - within(counts)

@@ -1,0 +1,171 @@
+"""Law 1: ranks, micro-batches and workers share a global batch out; resume continues the same sequence of batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from grzoo.data import (
+    EvalLoader,
+    EventDataset,
+    GenRecCollator,
+    GlobalBatchSampler,
+    GlobalStep,
+    SharedNegatives,
+    StepLoader,
+)
+from grzoo.data.transport import pack, unpack
+
+
+@pytest.fixture
+def dataset() -> EventDataset:
+    lengths = np.random.default_rng(0).integers(1, 30, 50)
+    return EventDataset.from_arrays(
+        {"item_id": np.arange(lengths.sum()) % 97, "timestamp": np.arange(lengths.sum())}, lengths
+    )
+
+
+def loader(dataset: EventDataset, batch: int = 16, **options: Any) -> StepLoader:
+    negatives = SharedNegatives(np.arange(97), np.ones(97), 6)
+    collator = GenRecCollator(dataset, max_length=12, seed=4, negatives=negatives)
+    return StepLoader(dataset, GlobalBatchSampler(len(dataset), batch, seed=2), collator, **options)
+
+
+def content(steps: list[GlobalStep]) -> Any:
+    """What a global step holds, whatever its split: denominators, negatives and tokens sorted by key."""
+    first = steps[0]
+    tokens = [
+        row
+        for step in steps
+        for batch in step.micro_batches
+        for row in zip(
+            *(batch[n][0].tolist() for n in ("token_keys", "input_ids", "labels", "label_mask")), strict=True
+        )
+    ]
+    numbers = (first.step, first.epoch, first.cursor, first.end, first.num_users, first.num_tokens)
+    return numbers, first.num_items_in_batch, first.micro_batches[0]["negative_ids"].tolist(), sorted(tokens)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8, 20])
+@pytest.mark.parametrize(("budget", "fixed"), [(None, None), (30, None), (None, 3)])
+def test_all_world_sizes_form_the_same_steps(
+    dataset: EventDataset, world: int, budget: int | None, fixed: int | None
+) -> None:
+    alone = list(loader(dataset))
+    options = {"max_tokens_per_device": budget, "micro_batches": fixed}
+    ranks = [list(loader(dataset, world_size=world, rank=rank, **options)) for rank in range(world)]
+    for whole, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        parts = list(parts)
+        assert content([whole]) == content(parts)
+        assert len({len(part.micro_batches) for part in parts}) == 1
+        for batch in (batch for part in parts for batch in part.micro_batches):
+            assert budget is None or batch["input_ids"].numel() <= budget
+
+
+def test_the_denominator_counts_trained_positions_of_all_ranks(dataset: EventDataset) -> None:
+    for parts in zip(*(loader(dataset, world_size=3, rank=rank) for rank in range(3)), strict=True):
+        trained = sum(int(batch["label_mask"].sum()) for part in parts for batch in part.micro_batches)
+        assert {part.num_items_in_batch for part in parts} == {trained}
+        assert parts[0].num_tokens == sum(b["input_ids"].numel() for part in parts for b in part.micro_batches)
+
+
+def test_workers_change_nothing(dataset: EventDataset) -> None:
+    plain, parallel = (list(loader(dataset, num_workers=n, max_tokens_per_device=60)) for n in (0, 2))
+    assert len(plain) == len(parallel) == 4
+    for one, other in zip(plain, parallel, strict=True):
+        assert content([one]) == content([other]) and len(one.micro_batches) == len(other.micro_batches)
+        for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert a.keys() == b.keys()
+            for name, value in a.items():
+                if isinstance(value, torch.Tensor):
+                    assert value.dtype == b[name].dtype and torch.equal(value, b[name])
+                else:
+                    assert value == b[name]
+
+
+def test_loading_leaves_the_global_generator_alone(dataset: EventDataset) -> None:
+    before = torch.get_rng_state()
+    list(loader(dataset, num_workers=1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_step_survives_its_transport(dataset: EventDataset) -> None:
+    step = loader(dataset, max_tokens_per_device=60).step_at(0, 16)
+    assert content([unpack(pack(step))]) == content([step])
+    empty = loader(dataset, batch=1, world_size=2, rank=1).step_at(0, 0)
+    assert unpack(pack(empty)).micro_batches[0]["input_ids"].shape == (1, 0)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 5])
+def test_resume_at_another_world_size_repeats_and_loses_nobody(dataset: EventDataset, stop: int) -> None:
+    def run(steps: StepLoader, count: int) -> list[Any]:
+        served: list[Any] = []
+        while len(served) < count:
+            for step in steps:
+                served.append((step.step, step.epoch, step.cursor, step.num_items_in_batch))
+                if len(served) == count:
+                    break
+        return served
+
+    whole = run(loader(dataset), 8)
+    before = loader(dataset, world_size=2, rank=1)
+    first = run(before, stop)
+    after = loader(dataset, world_size=3, rank=0, num_workers=0)
+    after.load_state_dict(before.state_dict())
+    assert first + run(after, 8 - stop) == whole
+
+
+def test_start_continues_inside_an_epoch(dataset: EventDataset) -> None:
+    steps = loader(dataset, start=(3, 32))
+    assert len(steps) == 2 and [(s.epoch, s.cursor, s.step) for s in steps] == [(3, 32, 14), (3, 48, 15)]
+    assert steps.state_dict()["epoch"] == 4 and steps.state_dict()["cursor"] == 0
+
+
+def test_a_batch_without_targets_is_empty_with_denominator_one() -> None:
+    dataset = EventDataset.from_arrays({"item_id": [1, 2]}, [1, 1])
+    (step,) = StepLoader(dataset, GlobalBatchSampler(2, 2), GenRecCollator(dataset, max_length=3))
+    assert step.num_items_in_batch == 1 and step.num_users == 2
+    assert step.micro_batches[0]["input_ids"].shape == (1, 0)
+
+
+def test_cost_decides_the_balance(dataset: EventDataset) -> None:
+    ranks = [loader(dataset, world_size=2, rank=r, cost=lambda n: n.astype(float) ** 2).step_at(0, 0) for r in range(2)]
+    loads = [float((batch["cu_seq_lens_q"].diff() ** 2).sum()) for step in ranks for batch in step.micro_batches]
+    assert abs(loads[0] - loads[1]) / sum(loads) < 0.05
+
+
+def test_bad_arguments(dataset: EventDataset, split: Callable[..., EventDataset]) -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_device=11 is below the longest sequence of 12 tokens"):
+        loader(dataset, max_tokens_per_device=11)
+    with pytest.raises(ValueError, match="rank 2 is not in a world of 2 ranks"):
+        loader(dataset, world_size=2, rank=2)
+    collator = GenRecCollator(split([3]), max_length=3)
+    with pytest.raises(ValueError, match="another dataset"):
+        StepLoader(dataset, GlobalBatchSampler(50, 4), collator)
+    with pytest.raises(ValueError, match="orders 51 rows, the split has 50 samples"):
+        StepLoader(dataset, GlobalBatchSampler(51, 4), GenRecCollator(dataset, max_length=3))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_ranks_every_target_once(dataset: EventDataset, world: int) -> None:
+    tested = EventDataset.from_arrays(
+        {"item_id": np.arange(dataset.num_events)}, dataset.lengths, np.maximum(dataset.lengths // 2, 1)
+    )
+    counts, labels = set(), []
+    for rank in range(world):
+        part = EvalLoader(tested, batch_size=8, max_length=6, world_size=world, rank=rank, max_tokens_per_device=20)
+        batches = list(part)
+        counts.add(len(batches))
+        labels += [batch["labels"][batch["label_mask"]] for batch in batches]
+        assert part.num_targets == int(np.maximum(tested.lengths - tested.target_from, 0).sum())
+        assert len(list(part)) == len(batches), "an evaluation can be repeated"
+    starts = np.cumsum(tested.lengths) - tested.lengths
+    expected = [s + e for s, n, f in zip(starts, tested.lengths, tested.target_from, strict=True) for e in range(f, n)]
+    assert len(counts) == 1
+    assert sorted(torch.cat(labels).tolist()) == expected
+
+
+def test_evaluation_of_an_empty_split(split: Callable[..., EventDataset]) -> None:
+    empty = EvalLoader(split([1]), batch_size=4, max_length=3)
+    assert len(empty) == 0 and list(empty) == []
