@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) clean-demo
 	$(RUN)/deepspeed -q --master_port $(PORT) --num_accelerators 2 recipes/train.py --config recipes/configs/hstu_synthetic.yaml \
-	    --deepspeed_config ds_configs/zero1.json --output_dir $(DEMO) --use_cpu
+	    --deepspeed_config ds_configs/zero1.json --dataset_dir $(DEMO)/dataset --output_dir $(DEMO) --use_cpu
 	$(RUN)/python recipes/recommend.py --model $(DEMO)/export --expect $(DEMO)/recommendations.json
 
 clean-demo:

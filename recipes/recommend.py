@@ -15,6 +15,7 @@ from grzoo.recipes.arguments import option
 from grzoo.recipes.parsing import parse
 from grzoo.recipes.recommending import differences, recommend, recommend_to_row, table
 from grzoo.recipes.runtime import Runtime, UserError, run, user_errors
+from transformers.utils.logging import disable_progress_bar
 
 
 @dataclass
@@ -39,6 +40,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         raise UserError("give one of --history, --user (with --dataset_dir) and --expect")
     if not (Path(arguments.model) / "config.json").is_file():
         raise UserError(f"{arguments.model} holds no model: give the export folder of a training run")
+    disable_progress_bar()
     with user_errors():
         model = AutoModelForRetrieval.from_pretrained(arguments.model).eval()
         processor = GenRecProcessor.from_pretrained(arguments.model)

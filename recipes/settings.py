@@ -53,7 +53,9 @@ def read_settings(argv: Sequence[str]) -> Settings:
         UserError: unknown, malformed or impossible settings.
     """
     values, sections = parse(_CLASSES, argv)
-    settings = Settings(*values, sections["model"], sections["data"])
+    common, data, evaluation, optimizer, step, training = values
+    options = {"model_options": sections["model"], "data_options": sections["data"]}
+    settings = Settings(common, data, evaluation, optimizer, step, training, **options)
     for group in values:
         for name in _POSITIVE:
             value = getattr(group, name, None)

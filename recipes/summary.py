@@ -29,7 +29,7 @@ def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int
         "data": f"{data.schema.name}: {len(data.train):,} users, {len(data.catalogue):,} items, "
         f"{data.train.num_events:,} training events, evaluated on {data.evaluation_split}",
         "ranks": f"{runtime.world_size} on {_device_name(engine.device)}, ZeRO stage {engine.config.stage}, "
-        f"{engine.config.dtype}, table kernels {_backend(engine, step.backend)}",
+        f"{engine.config.dtype}, table kernels {_backends(engine)}",
         "step": f"{step.global_batch_size} users over all ranks, {_budget(step)}, {step.num_negatives} "
         f"{step.negative_sampling} negatives, {total_steps:,} steps",
         "optimizers": f"dense adamw lr {optimizer.learning_rate:g}, tables {optimizer.sparse_optimizer} lr "
@@ -64,9 +64,9 @@ def _device_name(device: torch.device) -> str:
     return f"CPU ({torch.get_num_threads()} threads each)"
 
 
-def _backend(engine: Any, asked: str) -> str:
+def _backends(engine: Any) -> str:
     """The kernels that the tables really use."""
-    return getattr(engine.collection, "backend", asked)
+    return ", ".join(sorted({table.backend.name for table in engine.collection.physical}))
 
 
 def _budget(step: Any) -> str:

@@ -130,8 +130,8 @@ class TrainingLoop:
         loss, speed = line["train/loss"], line["train/tokens_per_second"]
         bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=f"{speed:,.0f}", refresh=False)
         if self.runtime.is_main:
-            text = f"step {self.step}/{self.total_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  {speed:,.0f} tokens/s"
-            bar.write(text)
+            place = f"step {self.step}/{self.total_steps}  epoch {self.epoch:.2f}"
+            bar.write(f"{place}  loss {loss:.4f}  {speed:,.0f} tokens/s")
 
     def _evaluates(self, ends_epoch: bool, epoch: int) -> bool:
         strategy = self.arguments.eval_strategy
