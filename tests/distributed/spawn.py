@@ -72,8 +72,8 @@ def spawn(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 
 
 
 def _join(ranks: list[Any], timeout: float) -> list[int]:
-    """Wait for all ranks; when one has failed the others get five seconds more. Kill the rest and return their
-    numbers.""" deadline = time.monotonic() + timeout
+    """Wait for all; when one has failed the others get five seconds more. Kill the rest, return their numbers."""
+    deadline = time.monotonic() + timeout
     running = dict(enumerate(ranks))
     while running and time.monotonic() < deadline:
         wait([p.sentinel for p in running.values()], timeout=deadline - time.monotonic())

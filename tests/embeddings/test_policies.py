@@ -1,5 +1,4 @@
-"""S1: the value of an untouched row is a pure function of (seed, init_key, id, column), equal to its plain
-definition."""
+"""S1: the value of an untouched row is a pure function of (seed, init_key, id, column), and is its definition."""
 
 import math
 
