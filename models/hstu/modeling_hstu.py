@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from grzoo.embeddings import DynamicEmbeddingCollection
 from grzoo.models.base import GenRecPreTrainedModel
-from grzoo.models.ops.hstu_attention import hstu_attention_eager, hstu_attention_naive
+from grzoo.models.ops.hstu_attention import HSTU_ATTENTION_FUNCTIONS
 from grzoo.models.ops.keyed_dropout import keyed_dropout
 from grzoo.models.ops.sampled_softmax import sampled_softmax_loss
 from grzoo.models.ops.sampled_softmax.naive import l2_normalize
@@ -38,7 +38,7 @@ Embeddings = Mapping[str, Tensor]
 class HSTULayer(GradientCheckpointingLayer):
     """One block: `U, V, Q, K = split(silu(LN(X) W))`, `Y = Linear(dropout(LN(attention(Q, K, V)) * U)) + X`."""
 
-    attention_functions = {"eager": hstu_attention_eager, "naive": hstu_attention_naive}
+    attention_functions = HSTU_ATTENTION_FUNCTIONS
 
     def __init__(self, config: HSTUConfig, layer_idx: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class HSTULayer(GradientCheckpointingLayer):
         heads = self.config.num_attention_heads
         normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
         u, v, q, k = F.silu(self.uvqk_proj(normed)).split(self.split_sizes, dim=-1)
-        attend = AttentionInterface().get_interface(self.config._attn_implementation, _by_layer("eager"))
+        attend = AttentionInterface().get_interface(self.config._attn_implementation, _by_layer("auto"))
         attended, _ = attend(
             self,
             *(x.unflatten(-1, (heads, -1)) for x in (q, k, v)),
@@ -87,13 +87,19 @@ def _by_layer(name: str) -> Any:
     return attend
 
 
-AttentionInterface.register("naive", _by_layer("naive"))
+for _name in ("auto", "host", "naive"):
+    AttentionInterface.register(_name, _by_layer(_name))
 
 
 class HSTUPreTrainedModel(GenRecPreTrainedModel):
     config: HSTUConfig
     _no_split_modules = ["HSTULayer"]
     _can_record_outputs = {"hidden_states": HSTULayer}
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # "auto" unless one is asked for.
+        name: str = super()._check_and_adjust_attn_implementation(attn_implementation or "auto", *args, **kwargs)
+        return name
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -425,7 +431,7 @@ class HSTUForRetrieval(HSTUPreTrainedModel):
         top_k: int = 10,
         candidates: Tensor | ShardedCatalogue | None = None,
         exclude_seen: bool = True,
-        **history: Tensor | None,
+        **history: Any,
     ) -> RetrievalOutput:
         """The k best items for each user, by cosine of query and item, ties to the smaller id.
 

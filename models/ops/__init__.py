@@ -1,17 +1,25 @@
 """Ops of the models: one folder each, with a short float32 ground truth (`naive.py`) beside the fast paths."""
 
-from .hstu_attention import hstu_attention, hstu_attention_eager, hstu_attention_naive
+from .hstu_attention import hstu_attention, hstu_attention_eager, hstu_attention_host, hstu_attention_naive
 from .keyed_dropout import keyed_dropout, keyed_dropout_naive
-from .sampled_softmax import sampled_logits, sampled_logits_naive, sampled_softmax_loss, sampled_softmax_loss_naive
+from .sampled_softmax import (
+    sampled_logits,
+    sampled_logits_naive,
+    sampled_softmax_loss,
+    sampled_softmax_loss_host,
+    sampled_softmax_loss_naive,
+)
 
 __all__ = [
     "hstu_attention",
     "hstu_attention_eager",
+    "hstu_attention_host",
     "hstu_attention_naive",
     "keyed_dropout",
     "keyed_dropout_naive",
     "sampled_logits",
     "sampled_logits_naive",
     "sampled_softmax_loss",
+    "sampled_softmax_loss_host",
     "sampled_softmax_loss_naive",
 ]

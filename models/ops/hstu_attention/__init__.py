@@ -1,12 +1,42 @@
 """HSTU attention over packed sequences: pointwise silu instead of softmax, relative position and time bias."""
 
+import torch
+from grzoo.models.ops.host import available
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
 from .eager import hstu_attention_eager
+from .host import hstu_attention_host
 from .naive import hstu_attention_naive
 
-HSTU_ATTENTION_FUNCTIONS = {"eager": hstu_attention_eager, "naive": hstu_attention_naive}
+
+def hstu_attention_auto(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: JaggedLayout,
+    *,
+    max_length: int,
+    position_table: Tensor,
+    time_table: Tensor | None = None,
+) -> Tensor:
+    """`hstu_attention_naive` (formula and shapes there) by the fastest path for these tensors.
+
+    On a CPU: the C++ path, unless there is no compiler (said once) or the tensors are float64; elsewhere the eager one.
+    """
+    on_host = query.device.type == "cpu" and query.dtype != torch.float64 and available()
+    function = hstu_attention_host if on_host else hstu_attention_eager
+    return function(
+        query, key, value, layout, max_length=max_length, position_table=position_table, time_table=time_table
+    )
+
+
+HSTU_ATTENTION_FUNCTIONS = {
+    "auto": hstu_attention_auto,
+    "eager": hstu_attention_eager,
+    "host": hstu_attention_host,
+    "naive": hstu_attention_naive,
+}
 
 
 def hstu_attention(
@@ -18,7 +48,7 @@ def hstu_attention(
     max_length: int,
     position_table: Tensor,
     time_table: Tensor | None = None,
-    implementation: str = "eager",
+    implementation: str = "auto",
 ) -> Tensor:
     """`hstu_attention_naive` (which holds the formula and the shapes) by the named implementation.
 
@@ -33,4 +63,11 @@ def hstu_attention(
     )
 
 
-__all__ = ["HSTU_ATTENTION_FUNCTIONS", "hstu_attention", "hstu_attention_eager", "hstu_attention_naive"]
+__all__ = [
+    "HSTU_ATTENTION_FUNCTIONS",
+    "hstu_attention",
+    "hstu_attention_auto",
+    "hstu_attention_eager",
+    "hstu_attention_host",
+    "hstu_attention_naive",
+]

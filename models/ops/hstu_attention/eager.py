@@ -32,7 +32,7 @@ def hstu_attention_eager(
     """
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     time = None if time_table is None else time_table.to(wide)
-    out: Tensor = _GroupedAttention.apply(query, key, value, position_table.to(wide), time, layout, max_length)  # type: ignore[no-untyped-call]
+    out: Tensor = _GroupedAttention.apply(query, key, value, position_table.to(wide), time, layout, max_length)
     return out
 
 
@@ -66,7 +66,7 @@ class _GroupedAttention(torch.autograd.Function):
         return out[:-1].div_(max_length).to(value.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, position_table, time_table = ctx.saved_tensors
         plan: GroupPlan = ctx.plan

@@ -13,7 +13,9 @@ _CHUNK = 1 << 14  # elements: the two int64 buffers of a chunk stay in the cache
 
 def keyed_dropout(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
     """`keyed_dropout_naive` (formula and shapes there), the same mask bit for bit; keeps a byte per element for backward."""
-    dropped = dropout_mask(fold(token_keys, site), x.shape[1], p)
+    row_keys = fold(token_keys, site)
+    assert isinstance(row_keys, Tensor)
+    dropped = dropout_mask(row_keys, x.shape[1], p)
     return x.masked_fill(dropped, 0) * (1 / (1 - p))
 
 

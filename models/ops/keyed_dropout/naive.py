@@ -18,6 +18,9 @@ def keyed_dropout_naive(x: Tensor, p: float, token_keys: Tensor, site: int) -> T
         [T, C], dtype of `x`.
     """
     columns = torch.arange(x.shape[1], device=x.device)
-    bits = fold(fold(token_keys, site).unsqueeze(1), columns)
+    token = fold(token_keys, site)
+    assert isinstance(token, Tensor)
+    bits = fold(token.unsqueeze(1), columns)
+    assert isinstance(bits, Tensor)
     uniform = (bits >> 40) & 0xFFFFFF  # the upper 24 bits
     return torch.where(uniform >= round(p * 2**24), x / (1 - p), 0.0).to(x.dtype)

@@ -1,8 +1,10 @@
 """Sampled softmax over the unique rows of a step."""
 
 import torch
+from grzoo.models.ops.host import available
 from torch import Tensor
 
+from .host import sampled_softmax_loss_host
 from .naive import MASKED_LOGIT, l2_normalize
 from .sampled_logits import sampled_logits
 
@@ -20,6 +22,11 @@ def sampled_softmax_loss(
 ) -> Tensor:
     """`sampled_softmax_loss_naive` (formula and shapes there); normalises each row once, always in float32."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    own_negatives = negative_index.dim() == 2 and positive_log_q is None
+    if own_negatives and query.device.type == "cpu" and dtype == torch.float32 and available():
+        return sampled_softmax_loss_host(
+            query, rows, positive_index, negative_index, accidental, temperature=temperature
+        )
     with torch.autocast(query.device.type, enabled=False):
         query = l2_normalize(query.to(dtype))
         if negative_index.dim() == 1:

@@ -34,7 +34,7 @@ def sampled_logits(query: Tensor, rows: Tensor, index: Tensor, *, method: str | 
         method = "all_rows"  # picking would cost more, and sampled_addmm refuses it
     if index.numel() == 0 or query.shape[1] == 0:
         return torch.mm(query, rows.new_zeros(picks, rows.shape[1]).T) + rows.sum() * 0
-    out: Tensor = _SampledLogits.apply(query, rows, index, method)  # type: ignore[no-untyped-call]
+    out: Tensor = _SampledLogits.apply(query, rows, index, method)
     return out
 
 
@@ -46,7 +46,7 @@ class _SampledLogits(torch.autograd.Function):
         return forward(query.contiguous(), rows.contiguous(), index.contiguous())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, rows, index = ctx.saved_tensors
         backward = _BACKWARD[_variant(ctx.method, query)]
