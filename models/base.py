@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_files, resolve_revision
 
+from .auto import SharedGroup
+
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -40,7 +42,8 @@ class GenRecPreTrainedModel(PreTrainedModel):
     @property
     def embeddings(self) -> DynamicEmbeddingCollection:
         """The tables of the model."""
-        collection: DynamicEmbeddingCollection = self.base_model.embedding_collection
+        collection = self.base_model.embedding_collection
+        assert isinstance(collection, DynamicEmbeddingCollection)
         return collection
 
     @abstractmethod
@@ -66,7 +69,7 @@ class GenRecPreTrainedModel(PreTrainedModel):
         finally:
             self.train(was_training)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the rest of the arguments is passed on
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
@@ -110,7 +113,7 @@ class GenRecPreTrainedModel(PreTrainedModel):
         if group is not None:
             dist.barrier(group)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
         """Save into a temporary folder and upload it, tables included; arguments as in transformers.
 
         Raises:
@@ -123,15 +126,15 @@ class GenRecPreTrainedModel(PreTrainedModel):
                 f"{dist.get_world_size(group)} ranks: call save_pretrained(folder, push_to_hub=True, repo_id=...) on "
                 "every rank with a shared folder."
             )
-        url: str = super().push_to_hub(repo_id, **kwargs)
+        url: str = super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
         return url
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | SharedGroup | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load config, dense weights and tables from a folder or the hub, all of one revision.
@@ -155,12 +158,14 @@ class GenRecPreTrainedModel(PreTrainedModel):
         )
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
         kwargs["revision"] = kwargs["revision"] or "main"
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if output_loading_info else loaded
+        if isinstance(process_group, SharedGroup):
+            process_group = process_group.group
         if process_group is not None:
             model.embeddings.set_process_group(process_group)
         load_tables(model.embeddings, _table_folder(pretrained_model_name_or_path, hub), state=False)
-        return loaded  # type: ignore[no-any-return]
+        return loaded
 
 
 def _table_folder(name_or_path: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
@@ -188,7 +193,7 @@ def _upload(
     repo_id = api.create_repo(repo_id or Path(folder).resolve().name, private=private, exist_ok=True).repo_id
     if commit["revision"] is not None and not commit["revision"].startswith("refs/pr"):
         api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+    api.upload_folder(repo_id=repo_id, folder_path=os.fspath(folder), **commit)
 
 
 def _agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:

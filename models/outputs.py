@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 
@@ -15,8 +15,8 @@ class GenRecModelOutput(ModelOutput):
         hidden_states: with `output_hidden_states=True`, one tensor [T, D] per layer input and the last output, packed.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -29,9 +29,9 @@ class RetrievalModelOutput(ModelOutput):
         hidden_states: see `GenRecModelOutput`.
     """
 
-    loss: torch.FloatTensor | None = None
-    query_embeddings: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    query_embeddings: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -43,5 +43,5 @@ class RetrievalOutput(ModelOutput):
         scores: float32 [B, k], cosine of query and item; -inf (with item id -1) where fewer than k candidates are left.
     """
 
-    item_ids: torch.LongTensor | None = None
-    scores: torch.FloatTensor | None = None
+    item_ids: Tensor | None = None
+    scores: Tensor | None = None

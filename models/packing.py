@@ -52,7 +52,7 @@ class JaggedLayout:
         return max(self.lengths, default=0)
 
     @classmethod
-    def from_cu_seq_lens(cls, cu_seq_lens: Tensor, num_tokens: int, **times: Tensor | None) -> "JaggedLayout":
+    def from_cu_seq_lens(cls, cu_seq_lens: Tensor, num_tokens: int, **times: Any) -> "JaggedLayout":
         """Check `cu_seq_lens` [B + 1] against the T tokens that it describes.
 
         Raises:

@@ -1,0 +1,121 @@
+"""Tables travel with the model: save, load (another process, meta device, sharded), and refuse what is incomplete."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from grzoo.embeddings.io import INDEX_NAME
+from grzoo.models import AutoModelForRetrieval, HSTUForRetrieval, HSTUModel
+from transformers import AutoModel
+
+HISTORY = torch.tensor([[1, 2, 3, 4, 5]])
+TIMES = {"timestamps": HISTORY * 1000}
+
+CHILD = """
+import json, sys, torch
+from grzoo import AutoModelForRetrieval
+model = AutoModelForRetrieval.from_pretrained(sys.argv[1])
+history = torch.tensor([[1, 2, 3, 4, 5]])
+best = model.recommend(history, timestamps=history * 1000, top_k=4)
+assert "deepspeed" not in sys.modules, "inference must not import DeepSpeed"
+print(json.dumps([best.item_ids.tolist(), best.scores.tolist()]))
+"""
+
+
+@pytest.fixture
+def trained(micro_model, batches):
+    """A model after two steps, ids 0..39 among its rows, in evaluation mode."""
+    model = micro_model()
+    optimizer = model.embeddings.optimizer
+    for seed in (0, 1):
+        model(**batches.make_batch([5, 9, 3], seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model.embeddings({"candidate_ids": torch.arange(40)}, insert=True)
+    return model.eval()
+
+
+def rows_of(model):
+    return model.embeddings.export_rows("items")
+
+
+def assert_equal_models(got, want):
+    for name, weight in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name], weight), name
+    for name in ("ids", "rows"):
+        assert torch.equal(rows_of(got)[name], rows_of(want)[name]), name
+
+
+def test_round_trip_with_auto_classes(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    for cls in (AutoModelForRetrieval, HSTUForRetrieval):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is HSTUForRetrieval and not loaded.training
+        assert_equal_models(loaded, trained)
+    backbone = AutoModel.from_pretrained(tmp_path)
+    assert type(backbone) is HSTUModel
+    assert_equal_models(backbone, trained.model)
+    backbone.save_pretrained(tmp_path / "backbone")
+    assert_equal_models(HSTUModel.from_pretrained(tmp_path / "backbone"), trained.model)
+
+
+def test_no_pickle_is_written(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_same_recommendations_in_a_new_process_without_deepspeed(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    best = trained.recommend(HISTORY, top_k=4, **TIMES)
+    child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    ids, scores = json.loads(child.stdout.splitlines()[-1])
+    assert ids == best.item_ids.tolist()
+    torch.testing.assert_close(torch.tensor(scores), best.scores, rtol=0, atol=1e-7)
+
+
+def test_loading_options_reach_the_model(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    loaded, info = AutoModelForRetrieval.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.bfloat16, attn_implementation="naive", embedding_backend="naive"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.dtype == torch.bfloat16 and loaded.config._attn_implementation == "naive"
+    assert torch.equal(rows_of(loaded)["rows"], rows_of(trained)["rows"])
+    assert loaded.recommend(HISTORY, top_k=4, **TIMES).scores.dtype == torch.float32
+
+
+def test_built_on_the_meta_device(trained):
+    with torch.device("meta"):
+        model = HSTUForRetrieval(trained.config)
+    assert all(p.is_meta for p in model.parameters()) and model.embeddings.num_rows() == 0
+    model.to_empty(device="cpu").load_state_dict(trained.state_dict())
+    model.embeddings.import_rows("items", {k: v for k, v in rows_of(trained).items() if k in ("ids", "rows")})
+    assert_equal_models(model, trained)
+
+
+def test_copies_and_casts_leave_rows_alone(trained):
+    import copy
+
+    twin = copy.deepcopy(trained).half()
+    twin.embeddings.import_rows("items", {"ids": torch.tensor([1]), "rows": torch.zeros(1, 6)})
+    assert rows_of(trained)["rows"].dtype == torch.float32
+    assert trained.embeddings({"input_ids": torch.tensor([1])})["input_ids"].any()
+
+
+def test_folder_without_tables_is_refused(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    with pytest.raises(OSError, match=f"has no {INDEX_NAME}: the tables of the model are missing"):
+        AutoModelForRetrieval.from_pretrained(tmp_path)
+    with pytest.raises(OSError):
+        AutoModelForRetrieval.from_pretrained(tmp_path / "nowhere")
+
+
+def test_failure_to_write_is_raised(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((OSError, ValueError)):
+        trained.save_pretrained(tmp_path / "file")
