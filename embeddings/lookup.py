@@ -23,7 +23,9 @@ class TakeRows(torch.autograd.Function):
     def forward(ctx: Any, leaf: Tensor, index: Tensor, backend: Backend, on_backward: OnBackward) -> Tensor:
         ctx.leaf, ctx.backend, ctx.on_backward = leaf, backend, on_backward
         ctx.save_for_backward(index)
-        return leaf.index_select(0, index.reshape(-1)).view(*index.shape, leaf.shape[1])
+        flat = index.reshape(-1)
+        rows = backend.take_rows(leaf, flat) if leaf.device.type == "cpu" else leaf.index_select(0, flat)
+        return rows.view(*index.shape, leaf.shape[1])
 
     @staticmethod
     @once_differentiable

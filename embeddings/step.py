@@ -30,7 +30,7 @@ class TableShare:
     def owned_rows(self) -> Tensor:
         """Rows float32 [R, dim] of the ids received."""
         rows = self.table.gather(self.tables, self.ids, self.handles)
-        return rows if self.inverse is None else rows.index_select(0, self.inverse)
+        return rows if self.inverse is None else self.table.backend.take_rows(rows, self.inverse)
 
 
 @dataclass(eq=False)

@@ -132,6 +132,10 @@ class Backend(Protocol):
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         """Return the distinct ids int64 (or pairs, when `tables` int32 is given) in first-seen order."""
 
+    def take_rows(self, values: Tensor, index: Tensor) -> Tensor:
+        """Return values[index]: float32 [n, dim] of float32 [m, dim], index int64 [n] in [0, m)."""
+        return values.index_select(0, index)
+
     def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
         """Return s float32 [num_segments, dim]: s[j] sums values[i] (float32 [n, dim]) over index[i] == j (int64 [n]).
 

@@ -29,6 +29,9 @@ class HostBackend(Backend):
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         return unique(ids, tables)
 
+    def take_rows(self, values: Tensor, index: Tensor) -> Tensor:
+        return take_rows(values, index)
+
     def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
         return segment_sum(values, index, num_segments, out)
 
