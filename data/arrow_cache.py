@@ -1,4 +1,4 @@
-"""The memory-mapped form of a split: its Parquet shards as one uncompressed Arrow file, keyed by their footers.
+"""The memory-mapped form of a split: its Parquet shards as one uncompressed Arrow file, keyed by size, time and footer.
 
 Every buffer of the file lies in one mapping, so an event of a row has one index into a flat view of the mapping,
 whatever record batch holds it: a batch of random rows is one `numpy.take`, and all processes of a machine share the
@@ -74,13 +74,22 @@ def open_cache(folder: Path, split: str, schema: DatasetSchema) -> CachedSplit:
     with _lock(cache / f"{name}.lock"):
         if not (cache / name).is_file():
             _build(files, schema, cache / name)
+            if cache.parent == folder:
+                _drop_others(cache, split, name)
     return _map(cache / name, schema)
+
+
+def _drop_others(cache: Path, split: str, name: str) -> None:
+    """Remove the Arrow files of earlier contents of the split; who has them mapped keeps them."""
+    for old in cache.glob(f"{split}-*.arrow*"):
+        if not old.name.startswith(name):
+            old.unlink(missing_ok=True)
 
 
 def _content_key(files: list[Path], schema: DatasetSchema) -> str:
     digest = xxhash.xxh3_128(f"{_LAYOUT_VERSION}{schema.features}".encode())
     for path in files:
-        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        digest.update(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}:".encode())
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _FOOTER_BYTES))
             digest.update(file.read())

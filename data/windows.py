@@ -88,10 +88,10 @@ class RecentFirst:
 
 
 class EveryTarget:
-    """Samples that hold every target of a row once: one where the row fits in `max_length + 1` events, else windows.
+    """Samples that hold every target of a row once: one where the row fits in it, else several windows.
 
-    Windows of one row advance by half of `max_length`, so that every target sees that many events before it, or all there
-    are. Rows without a target that has context give no sample.
+    Windows of one row advance by half of `max_length`, so that every target sees that many events before it, or all
+    there are. Rows without a target that has context give no sample.
     """
 
     def __init__(self, dataset: EventDataset, max_length: int) -> None:

@@ -27,7 +27,7 @@ SPAN = 2 * 365 * 86_400
 NEW_WINDOW = 30 * 86_400
 SUCCESSORS = 4
 INTERESTS = 3
-MIN_LENGTH = 5
+MIN_LENGTH = 8
 MAX_LENGTH_FACTOR = 25
 SIGMA = 0.9
 ZIPF_EXPONENT = 0.8
@@ -117,7 +117,7 @@ def _normal(bits: UInt64) -> Float64:
 
 
 def _lengths(key: UInt64, mean_length: float) -> Int64:
-    """Log-normal lengths of the given mean, long-tailed, at least MIN_LENGTH."""
+    """Log-normal lengths of the given mean, long-tailed, at least MIN_LENGTH with repeats."""
     # Repeated items are dropped later, which takes a good third.
     location = np.log(max(mean_length, MIN_LENGTH) * 1.6) - SIGMA**2 / 2
     lengths = np.exp(location + SIGMA * _normal(key))
