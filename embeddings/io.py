@@ -268,33 +268,43 @@ def _load_shard(
             position, logical = collection.placement[name]
             table = fresh[position]
             names = ["rows", *((*(slot.name for slot in table.slots), STEP_SLOT) if with_state else ())]
-            slices = {n: file.get_slice(f"{name}.{n}") for n in names}
-            all_ids = file.get_tensor(f"{name}.ids")
+            slices = {n: file.get_slice(f"{name}.{n}") for n in ("ids", *names)}
             where = f"table {name!r} in {folder / shard['file']}"
-            _check_lengths(where, shard["rows"][name], all_ids, {n: s.get_shape() for n, s in slices.items()}, table)
-            buckets = _check_order(where, all_ids, shard["buckets"])
-            start, stop = torch.searchsorted(buckets, torch.tensor(span, dtype=torch.int64)).tolist()
-            for a in range(start, stop, ROWS_AT_ONCE):
-                b = min(a + ROWS_AT_ONCE, stop)
-                values = {n: s[a:b] for n, s in slices.items()}
-                tables = torch.full((b - a,), logical, dtype=torch.int32, device="cpu")
-                table.write(tables, all_ids[a:b], values.pop("rows"), values)
+            _check_lengths(where, shard["rows"][name], {n: s.get_shape() for n, s in slices.items()}, table)
+            start, stop = _row_range(file, name, shard["buckets"][0], span)
+            ids = slices.pop("ids")[start:stop]
+            _check_order(where, ids, span)
+            for a in range(0, len(ids), ROWS_AT_ONCE):
+                chunk = ids[a : a + ROWS_AT_ONCE]
+                values = {n: s[start + a : start + a + len(chunk)] for n, s in slices.items()}
+                tables = torch.full(chunk.shape, logical, dtype=torch.int32, device="cpu")
+                table.write(tables, chunk, values.pop("rows"), values)
 
 
-def _check_lengths(where: str, rows: int, ids: Tensor, shapes: Mapping[str, list[int]], table: PhysicalTable) -> None:
-    expected = {"rows": [rows, table.dim], STEP_SLOT: [rows]} | {s.name: [rows, s.width] for s in table.slots}
-    for name, shape in {"ids": list(ids.shape), **shapes}.items():
-        wanted = [rows] if name == "ids" else expected[name]
-        if list(shape) != wanted:
-            raise ValueError(f"{name!r} of {where} has shape {list(shape)}, it should have {wanted}")
+def _row_range(file: Any, name: str, first: int, span: tuple[int, int]) -> tuple[int, int]:
+    """Return where the rows of buckets [span) begin and end in a shard that begins with bucket `first`."""
+    if f"{name}.bucket_offsets" in file.keys():  # noqa: SIM118 (not a dict)
+        offsets = file.get_tensor(f"{name}.bucket_offsets")
+        return int(offsets[span[0] - first]), int(offsets[span[1] - first])
+    buckets = bucket(file.get_tensor(f"{name}.ids"))
+    start, stop = torch.searchsorted(buckets, torch.tensor(span, dtype=torch.int64)).tolist()
+    return start, stop
 
 
-def _check_order(where: str, ids: Tensor, buckets: list[int]) -> Tensor:
-    """Return the buckets of the ids; ValueError unless in range and sorted by (bucket, id) without repetition."""
+def _check_lengths(where: str, rows: int, shapes: Mapping[str, list[int]], table: PhysicalTable) -> None:
+    expected = {"ids": [rows], "rows": [rows, table.dim], STEP_SLOT: [rows]} | {
+        s.name: [rows, s.width] for s in table.slots
+    }
+    for name, shape in shapes.items():
+        if list(shape) != expected[name]:
+            raise ValueError(f"{name!r} of {where} has shape {list(shape)}, it should have {expected[name]}")
+
+
+def _check_order(where: str, ids: Tensor, span: tuple[int, int]) -> None:
+    """Raise ValueError unless ids are of buckets [span) and sorted by (bucket, id) without repetition."""
     found = bucket(ids)
     step = found[1:] - found[:-1]
     sorted_once = ((step > 0) | ((step == 0) & (ids[1:] > ids[:-1]))).all()
-    inside = len(ids) == 0 or (int(found[0]) >= buckets[0] and int(found[-1]) < buckets[1])
+    inside = len(ids) == 0 or (int(found[0]) >= span[0] and int(found[-1]) < span[1])
     if not sorted_once or not inside:
         raise ValueError(f"{where} is damaged: ids are repeated, out of order or in the wrong shard")
-    return found

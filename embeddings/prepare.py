@@ -36,7 +36,7 @@ def prepare_step(collection: "DynamicEmbeddingCollection", micro_batches: MicroB
     try:
         check_ids(collection, micro_batches)
         requests = [_request(collection, table, micro_batches) for table in collection.physical]
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
         problem = error
     received_counts = _swap_counts(collection, requests, problem)
 

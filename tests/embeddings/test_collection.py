@@ -231,6 +231,21 @@ def test_s27_merged_tables_are_indistinguishable_from_unmerged_ones(values: Tens
     assert merged.export_rows("user")["step"].tolist() == [0] * len(set(values.tolist()))
 
 
+def test_s27_the_order_of_features_does_not_matter() -> None:
+    rows = []
+    for order in (["input_ids", "user_ids"], ["user_ids", "input_ids"]):
+        tables = build()
+        optimizer = SparseAdagrad(tables, lr=0.1)
+        batch = tables({name: ids(*INT64).roll(len(name)) for name in order})
+        sum((batch[name].square() * k).sum() for k, name in enumerate(sorted(order), 1)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        rows.append(
+            [batch[name].detach() for name in sorted(order)] + [tables.export_rows(t)["rows"] for t in ("item", "user")]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+    assert not torch.equal(rows[0][2], rows[0][3])
+
+
 def test_s28_deepcopy_is_independent_and_keeps_state() -> None:
     tables = build()
     optimizer = SparseAdamW(tables, lr=0.1)

@@ -311,7 +311,7 @@ def test_param_groups_rates_and_schedulers_are_per_table() -> None:
     torch.testing.assert_close(before["user"] - rows_of(tables, "user"), torch.full((1, DIM), 0.25))
 
 
-def test_state_dict_is_json_like_and_carries_the_global_clock() -> None:
+def test_s18_state_dict_is_json_like_and_carries_the_global_clock() -> None:
     tables = build()
     optimizer = SparseAdamW(tables, 0.1, step_mode="global")
     tables({"a": torch.tensor([1])})["a"].sum().backward()
