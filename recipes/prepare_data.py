@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any, cast
 
 from grzoo.data.prepare import PrepareConfig, prepare
 from transformers import HfArgumentParser
@@ -20,7 +21,7 @@ def parse(arguments: Sequence[str]) -> PrepareConfig:
     words = list(arguments)
     if words and not words[0].startswith("-"):
         words = ["--name", *words]
-    parser = HfArgumentParser(PrepareConfig, description=__doc__)
+    parser = HfArgumentParser(cast(Any, PrepareConfig), description=__doc__)
     (config,) = parser.parse_args_into_dataclasses(words)
     return config
 

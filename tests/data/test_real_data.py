@@ -40,8 +40,5 @@ def test_ml_1m_keeps_the_order_of_the_published_file(real_data: Path, tmp_path: 
         prepare("ml-1m", tmp_path / "out", source, overwrite=True)
         dataset = EventDataset.from_folder(tmp_path / "out", "test")
         assert np.array_equal(dataset.rows(np.arange(len(dataset)))["item_id"], pairs[:, 1])
-    assert (
-        Catalogue.from_folder(tmp_path / "out").titles([1, 2])
-        == ["Princess Bride, The (1987)", "Caddyshack (1980)"][::1]
-        or True
-    )
+    titles = Catalogue.from_folder(tmp_path / "out").titles([1, 2])
+    assert titles == ["Raiders of the Lost Ark (1981)", "Caddyshack (1980)"]

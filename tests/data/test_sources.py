@@ -1,4 +1,4 @@
-"""Raw forms of the public data sets, written by hand: each gives the same events, and each malformed one a clear message."""
+"""Raw forms of the public data sets, by hand: each gives the same events, each malformed one a clear message."""
 
 import gzip
 import json
@@ -97,17 +97,14 @@ def test_every_form_of_movielens_gives_the_same_events(form: Callable[[Path], No
     assert report.source.startswith(str(raw)), "the report says which file was taken"
 
 
-def test_a_single_file_is_recognised_by_its_name(tmp_path: Path) -> None:
-    for form in MOVIELENS:
-        raw = tmp_path / form.__name__
-        raw.mkdir()
-        form(raw)
-        first = min(raw.iterdir(), key=lambda path: (path.suffix == ".item", "movie" in path.name, "sas" in path.name))
-        (file,) = [
-            path for path in raw.iterdir() if path.name.startswith(("rating", "u.data", "ml.inter", "ml-1m_seq"))
-        ] or [first]
-        prepare("ml-1m", raw / "out", file)
-        assert histories(raw / "out") == HISTORIES
+FILES = ["ratings.dat", "u.data", "ratings.csv", "ml.inter", "ml-1m.txt", "ml-1m_seq_ts.parquet"]
+
+
+@pytest.mark.parametrize(("form", "file"), list(zip(MOVIELENS, FILES, strict=True)))
+def test_a_single_file_is_recognised_by_its_name(form: Callable[[Path], None], file: str, tmp_path: Path) -> None:
+    form(tmp_path)
+    prepare("ml-1m", tmp_path / "out", tmp_path / file)
+    assert histories(tmp_path / "out") == HISTORIES
 
 
 def test_unknown_ratings_are_nan_and_noted(tmp_path: Path) -> None:
