@@ -97,7 +97,7 @@ def start() -> Runtime:
 
 
 def connect(runtime: Runtime, *, use_cpu: bool, local_rank: int = -1) -> torch.device:
-    """Opens the process group (NCCL on GPUs, gloo on CPUs) and returns this rank's device."""
+    """Opens the process group (NCCL on GPUs, gloo on CPUs) unless one is open, and returns this rank's device."""
     if "LOCAL_RANK" not in os.environ and local_rank >= 0:
         runtime.local_rank = local_rank
         os.environ["LOCAL_RANK"] = str(local_rank)
@@ -108,16 +108,11 @@ def connect(runtime: Runtime, *, use_cpu: bool, local_rank: int = -1) -> torch.d
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         _share_cores(runtime)
-    store = runtime.store if runtime.store is not None else dist.HashStore()
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=runtime.rank, world_size=runtime.world_size)
+    if not dist.is_initialized():
+        store = runtime.store if runtime.store is not None else dist.HashStore()
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=runtime.rank, world_size=runtime.world_size)
     return device
-
-
-def disconnect() -> None:
-    """Closes the process group, when one is open."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -138,7 +133,8 @@ def run(main: Callable[[Runtime, list[str]], None], argv: list[str] | None = Non
     try:
         runtime = start()
         main(runtime, sys.argv[1:] if argv is None else argv)
-        disconnect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         logger.debug("caused by", exc_info=error)
         runtime.stop(str(error))

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
 from grzoo.recipes.runtime import Runtime, UserError, user_errors
 
 SCRIPT = """
