@@ -183,6 +183,7 @@ def one_silent_rank(rank: int, world_size: int) -> Any:
     tables = build()
     optimizer = OPTIMIZERS["sgd"](tables)
     rows = tables({"input_ids": torch.tensor([5, 6])})["input_ids"]
+    optimizer.zero_grad()  # between forward and backward it must not make the ranks disagree
     if rank > 0:
         rows.sum().backward()
     optimizer.step()

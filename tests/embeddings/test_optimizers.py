@@ -205,6 +205,19 @@ def test_s12_zero_grad_between_forward_and_backward_is_harmless_as_in_torch() ->
     torch.testing.assert_close(rows_of(tables), rows.detach() - 1)
 
 
+def test_s12_dropped_gradients_do_not_come_back_with_a_second_backward() -> None:
+    for drop in ("zero_grad", "step"):
+        tables = build()
+        optimizer = SparseSGD(tables, 1.0)
+        rows = tables({"a": torch.tensor([1])})["a"]
+        (rows.sum() * 100).backward(retain_graph=True)
+        getattr(optimizer, drop)()
+        before = rows_of(tables)
+        rows.sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(rows_of(tables), before - 1)
+
+
 def test_s12_a_step_without_gradients_changes_nothing() -> None:
     tables = build()
     optimizer = SparseAdamW(tables, 0.1, step_mode="global")
@@ -252,6 +265,17 @@ def test_reduce_scales_and_clipping_takes_the_norm_over_all_tables() -> None:
     optimizer.step()
     torch.testing.assert_close(before["item"] - rows_of(tables), torch.full((1, DIM), 4 / norm))
     torch.testing.assert_close(before["user"] - rows_of(tables, "user"), torch.full((1, DIM), 3 / norm))
+
+
+def test_reduce_scales_several_pending_steps_alike() -> None:
+    tables = build()
+    optimizer = SparseSGD(tables, 1.0)
+    forwards = [tables({"a": torch.tensor(ids)})["a"] for ids in ([1], [1, 2])]
+    for rows in forwards:
+        (rows.sum() * 8).backward()
+    optimizer.reduce(scale=1 / 8)
+    optimizer.step()
+    torch.testing.assert_close(rows_of(tables), forwards[1].detach() - torch.tensor([[2.0], [1.0]]))
 
 
 def test_no_clipping_below_the_norm() -> None:
