@@ -32,7 +32,7 @@ public:
 
     static int segment_of(uint64_t hash) { return static_cast<int>(hash >> 56); }
 
-    void prefetch(uint64_t hash) const {
+    GRZOO_INLINE void prefetch(uint64_t hash) const {
         const Segment& segment = segments_[segment_of(hash)];
         grzoo::prefetch(segment.slots + home(hash, segment.capacity));
     }

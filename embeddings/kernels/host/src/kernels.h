@@ -9,11 +9,11 @@ namespace grzoo {
 struct RowsView {
     float* const* records;
     int32_t* const* metas;
-    int shift;                 // rows of a chunk: 2^shift
+    int shift, meta_shift;     // rows of a chunk: 2^shift, 2^meta_shift
     int64_t dim, record_floats, meta_words;
 
     float* record(int64_t h) const { return records[h >> shift] + (h & ((int64_t(1) << shift) - 1)) * record_floats; }
-    int32_t* meta(int64_t h) const { return metas[h >> shift] + (h & ((int64_t(1) << shift) - 1)) * meta_words; }
+    int32_t* meta(int64_t h) const { return metas[h >> meta_shift] + (h & ((int64_t(1) << meta_shift) - 1)) * meta_words; }
 };
 
 struct SlotPlace {

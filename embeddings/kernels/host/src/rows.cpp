@@ -11,6 +11,7 @@ namespace grzoo {
 namespace {
 
 constexpr int64_t kChunkBytes = 4 << 20;    // at least; a chunk is what the longest pause of growth has to clear
+constexpr int kMetaShift = 19;              // 2 MiB of steps alone: huge pages, or every update misses the TLB
 constexpr int64_t kMaxRows = int64_t(UINT32_MAX) - 1;
 
 }  // namespace
@@ -18,6 +19,7 @@ constexpr int64_t kMaxRows = int64_t(UINT32_MAX) - 1;
 Rows::Rows(int64_t dim) {
     view_.dim = view_.record_floats = dim;
     view_.meta_words = 1;
+    view_.meta_shift = kMetaShift;
     // by the embedding alone: the layout of the state may change later, the handles may not
     while ((int64_t(sizeof(float)) * dim << view_.shift) < kChunkBytes && view_.shift < 20) ++view_.shift;
 }
@@ -32,23 +34,18 @@ void Rows::drop_chunks() {
 }
 
 int64_t Rows::bytes() const {
-    return static_cast<int64_t>(records_.size() * (record_bytes() + meta_bytes()) + free_.capacity() * sizeof(uint32_t));
+    return static_cast<int64_t>(records_.size() * record_bytes() + metas_.size() * meta_bytes() + free_.capacity() * sizeof(uint32_t));
 }
 
 void Rows::add_chunk() {
     records_.reserve(records_.size() + 1);
-    metas_.reserve(metas_.size() + 1);
-    float* record = static_cast<float*>(map_pages(record_bytes()));
-    int32_t* meta;
-    try {
-        meta = static_cast<int32_t*>(map_pages(meta_bytes()));
-    } catch (...) {
-        unmap_pages(record, record_bytes());
-        throw;
-    }
-    records_.push_back(record);
-    metas_.push_back(meta);
+    records_.push_back(static_cast<float*>(map_pages(record_bytes())));
     view_.records = records_.data();
+}
+
+void Rows::add_meta_chunk() {
+    metas_.reserve(metas_.size() + 1);
+    metas_.push_back(static_cast<int32_t*>(map_pages(meta_bytes())));
     view_.metas = metas_.data();
 }
 
@@ -56,6 +53,7 @@ void Rows::reserve(int64_t more) {
     const int64_t needed = used_ + more - static_cast<int64_t>(free_.size());
     if (needed > kMaxRows) throw OutOfMemory("an embedding storage holds at most 2^32 - 2 rows");
     while (static_cast<int64_t>(records_.size()) << view_.shift < needed) add_chunk();
+    while (static_cast<int64_t>(metas_.size()) << view_.meta_shift < needed) add_meta_chunk();
 }
 
 uint32_t Rows::take() {
@@ -83,7 +81,8 @@ void Rows::set_slots(const std::vector<NewSlot>& wanted) {
         end += slot.width;
     }
     if (!same) {
-        for (size_t chunk = 0; chunk < records_.size(); ++chunk) changed.add_chunk();
+        while (changed.records_.size() < records_.size()) changed.add_chunk();
+        while (changed.metas_.size() < metas_.size()) changed.add_meta_chunk();
         for (int64_t row = 0; row < used_; ++row) changed.copy_row(*this, row, wanted);
         std::swap(view_, changed.view_);
         records_.swap(changed.records_);

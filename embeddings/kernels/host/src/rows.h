@@ -35,11 +35,11 @@ public:
 
 private:
     void add_chunk();
+    void add_meta_chunk();
     void drop_chunks();
     void copy_row(const Rows& from, int64_t row, const std::vector<NewSlot>& wanted) const;
-    int64_t chunk_rows() const { return int64_t(1) << view_.shift; }
-    size_t record_bytes() const { return sizeof(float) * static_cast<size_t>(view_.record_floats * chunk_rows()); }
-    size_t meta_bytes() const { return sizeof(int32_t) * static_cast<size_t>(view_.meta_words * chunk_rows()); }
+    size_t record_bytes() const { return sizeof(float) * static_cast<size_t>(view_.record_floats << view_.shift); }
+    size_t meta_bytes() const { return sizeof(int32_t) * static_cast<size_t>(view_.meta_words << view_.meta_shift); }
 
     RowsView view_{};
     std::vector<SlotPlace> slots_;

@@ -17,7 +17,7 @@ public:
         entries_.assign(size_t(1) << bits_, Entry{});
     }
 
-    void prefetch(uint64_t hash) const { grzoo::prefetch_write(&entries_[hash >> (64 - bits_)]); }
+    GRZOO_INLINE void prefetch(uint64_t hash) const { grzoo::prefetch_write(&entries_[hash >> (64 - bits_)]); }
 
     // The number of the pair; `number` when it is new, which `added` then says.
     uint32_t find_or_add(uint64_t hash, int32_t table, int64_t id, uint32_t number, bool& added) {
