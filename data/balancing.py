@@ -64,6 +64,9 @@ def try_partition(costs: ArrayLike, tokens: ArrayLike, num_bins: int, max_tokens
     """As `partition`, but None when no partition within the budget is found."""
     cost, count = np.asarray(costs, dtype=np.float64), np.asarray(tokens, dtype=np.int64)
     _check(cost, count, num_bins, max_tokens)
+    if num_bins == 1:
+        fits = max_tokens is None or int(count.sum()) <= max_tokens
+        return np.zeros(len(cost), dtype=np.int64) if fits else None
     if max_tokens is None:
         return _refine(cost, count, _longest_first(cost, num_bins), num_bins, None)
     if int(count.sum()) > num_bins * max_tokens:

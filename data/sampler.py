@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .jagged import Int64
-from .keyed import SITE_ORDER, UInt64, as_words, fold, keyed
+from .keyed import SITE_ORDER, UInt64, as_words, fold, keyed, mix64
 
-_ROUNDS = 6
+_ROUNDS = 4
 
 
 def permute(positions: ArrayLike, size: int, key: int | UInt64) -> Int64:
@@ -37,8 +37,8 @@ def _feistel(values: UInt64, bits: int, keys: UInt64) -> UInt64:
     low_mask, high_mask = (np.uint64((1 << int(width)) - 1) for width in (low_bits, high_bits))
     low, high = values & low_mask, values >> low_bits
     for step in range(0, len(keys), 2):
-        high = high ^ (fold(keys[step], low) & high_mask)
-        low = low ^ (fold(keys[step + 1], high) & low_mask)
+        high = high ^ (mix64(low ^ keys[step]) & high_mask)
+        low = low ^ (mix64(high ^ keys[step + 1]) & low_mask)
     return (high << low_bits) | low
 
 
