@@ -1,4 +1,7 @@
-"""Backends of dynamic tables: `naive` (plain PyTorch, the ground truth) and `host` (C++), chosen by `get_backend`."""
+"""Backends of dynamic tables, chosen by `get_backend`.
+
+`naive` (plain PyTorch, the ground truth) and `host` (C++) keep tables in host memory, `triton` in that of a GPU.
+"""
 
 import functools
 import importlib
@@ -21,12 +24,16 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Name -> module with a `load()`. "auto" takes the first that runs here.
-BACKENDS = {"host": "grzoo.embeddings.kernels.host", "naive": "grzoo.embeddings.kernels.naive"}
+BACKENDS = {  # name -> module with a `load()`
+    "host": "grzoo.embeddings.kernels.host",
+    "naive": "grzoo.embeddings.kernels.naive",
+    "triton": "grzoo.embeddings.kernels.triton",
+}
+_AUTO = ("host", "naive")  # "auto" takes the first that runs here
 
 
 def get_backend(name: str = "auto") -> Backend:
-    """Return the backend called `name`; "auto" is the fastest one that runs here, named once in the log.
+    """Return the backend called `name`; "auto" is the fastest for host memory that runs here, named once in the log.
 
     Raises ValueError for an unknown name and BackendUnavailable when a backend that was asked for cannot run.
     """
@@ -49,7 +56,7 @@ def _load(name: str) -> Backend:
 
 @functools.cache
 def _choose() -> Backend:
-    for name in BACKENDS:
+    for name in _AUTO:
         try:
             backend = _load(name)
         except BackendUnavailable as reason:
