@@ -23,10 +23,10 @@ def hstu_attention_host(
     position_table: Tensor,
     time_table: Tensor | None = None,
 ) -> Tensor:
-    """`hstu_attention_naive` (formula and shapes there) on CPU tensors; computes in float32, deterministic for any thread count.
+    """`hstu_attention_naive` (formula and shapes there) on CPU tensors, in float32, the same bits for any thread count.
 
-    Memory beyond inputs and outputs: linear in the tokens of the sequences at work, one sequence per thread. Buckets are those of
-    `time_buckets` bit for bit.
+    Memory beyond inputs and outputs: linear in the tokens of the sequences at work, one sequence per thread. The
+    buckets are those of `time_buckets`.
 
     Raises:
         ValueError: for tensors that are not on the CPU, float64, a sequence longer than `max_length`, missing times.
@@ -38,7 +38,8 @@ def hstu_attention_host(
         )
     if layout.max_length > max_length:
         raise ValueError(
-            f"A sequence has {layout.max_length} tokens, but max_length is {max_length}: truncate it or raise max_length."
+            f"A sequence has {layout.max_length} tokens, but max_length is {max_length}: "
+            "truncate it or raise max_length."
         )
     times = (layout.timestamps, layout.target_timestamps) if time_table is not None else (None, None)
     if time_table is not None and (times[0] is None or times[1] is None):
@@ -121,8 +122,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    dquery, dkey, dvalue, dposition, dtime = _hstu_attention_backward(grad_out, *ctx.saved_tensors, ctx.max_length)
-    return dquery, dkey, dvalue, None, dposition, None if ctx.saved_tensors[5] is None else dtime, None, None, None
+    saved = ctx.saved_tensors  # once: checkpointing recomputes the layer for the first access and refuses a second
+    dquery, dkey, dvalue, dposition, dtime = _hstu_attention_backward(grad_out, *saved, ctx.max_length)
+    return dquery, dkey, dvalue, None, dposition, None if saved[5] is None else dtime, None, None, None
 
 
 _hstu_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -176,7 +178,6 @@ class _Call:
         fields.position_table = self.dense(position_table, torch.float32)
         if time_table is not None:
             assert timestamps is not None and target_timestamps is not None
-            # Buckets that no difference of 64-bit times reaches keep a gradient of zero.
             fields.num_buckets = time_table.numel()
             fields.time_table = self.dense(time_table, torch.float32)
             fields.timestamps = self.dense(timestamps, torch.int64)
@@ -210,7 +211,7 @@ class _Call:
 
 @cache
 def bucket_thresholds(num_buckets: int) -> Tensor:
-    """int64 [num_buckets - 1]: the least whole difference of each bucket from 1 on, as `time_buckets` sees it; 2^63 - 1 if none."""
+    """int64 [num_buckets - 1]: least difference in bucket 1, 2, ... as `time_buckets` sees it; 2^63 - 1 if none."""
     low = torch.zeros(num_buckets - 1, dtype=torch.int64)
     high = torch.full_like(low, 2**63 - 1)
     wanted = torch.arange(1, num_buckets)

@@ -52,12 +52,12 @@ struct Times {
     }
 };
 
-// Buckets of 8 differences |x| < 2^31. A float has enough bits to name the cell, the threshold decides on the integer itself.
+// Buckets of 8 differences |x| < 2^31. A float has enough bits to name the cell (no threshold is so close to the end of a cell that
+// rounding would skip it), the threshold decides on the integer itself.
 GRZOO_INLINE Ints narrow_buckets(const TimeBuckets& table, Ints difference) {
     Ints x = difference < splat(0) ? -difference : difference;
     x = x < splat(1) ? splat(1) : x;
-    Floats rounded_down = __builtin_convertvector(x & ~(x >> 24), Floats);
-    Ints cell = ((Ints)rounded_down >> 21) - splat(int32_t(127 << 2));
+    Ints cell = ((Ints)__builtin_convertvector(x, Floats) >> 21) - splat(int32_t(127 << 2));
     Ints start = gather<2>(table.cells, cell), threshold = gather<2>(table.cells + 1, cell);
     return start - (x >= threshold);
 }

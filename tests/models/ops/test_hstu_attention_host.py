@@ -85,7 +85,9 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("heads, with_time, times", [(1, True, "ordered"), (3, True, "unordered"), (2, False, "ordered")])
+@pytest.mark.parametrize(
+    "heads, with_time, times", [(1, True, "ordered"), (3, True, "unordered"), (2, False, "ordered")]
+)
 @pytest.mark.parametrize("level", [0, 1])
 def test_host_equals_naive(lengths, heads, with_time, times, level, monkeypatch, poisoned):
     monkeypatch.setattr(host, "HIGHEST_LEVEL", level)
@@ -134,7 +136,7 @@ def test_threads_do_not_change_a_bit(threads):
 @pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("num_buckets", [1, 2, 40, 129, 160])
 def test_buckets_are_those_of_the_naive_twin(times, num_buckets, level, monkeypatch):
-    """With zero scores, values that are the identity and a table that counts, the output names the bucket of each pair."""
+    """With scores of zero, the identity as values and a table that counts, the output names the bucket of each pair."""
     monkeypatch.setattr(host, "HIGHEST_LEVEL", level)
     torch.manual_seed(4)
     thresholds = [x for x in host.bucket_thresholds(160).tolist() if x < 2**31 - 1]

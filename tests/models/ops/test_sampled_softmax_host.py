@@ -32,10 +32,14 @@ def test_host_equals_naive(shape, level, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(torch.nan))
     inputs = inputs_of(*shape)
     expected = run(sampled_softmax_loss_naive, [x.double() if x.is_floating_point() else x for x in inputs])
-    for name, want, got in zip(("loss", "query", "rows"), expected, run(sampled_softmax_loss_host, inputs), strict=True):
+    for name, want, got in zip(
+        ("loss", "query", "rows"), expected, run(sampled_softmax_loss_host, inputs), strict=True
+    ):
         assert got.dtype == torch.float32 and got.shape == want.shape, name
         scale = want.abs().max().clamp_min(1e-6) if want.numel() else 1
-        torch.testing.assert_close(got.double() / scale, want / scale, atol=3e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got.double() / scale, want / scale, atol=3e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_rows_and_queries_below_the_floor_of_the_norm():

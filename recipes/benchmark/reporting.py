@@ -1,0 +1,72 @@
+"""What every benchmark writes: CSV rows that carry their conditions, and the last line of JSON."""
+
+import csv
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def conditions() -> dict[str, Any]:
+    """Return device, versions, commit and threads of this run, the same columns in every CSV."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "grzoo": version("grzoo"),
+        "commit": _commit(),
+    }
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Return median, 10th and 90th percentile of repeated times, in milliseconds."""
+    low, median, high = np.percentile(np.asarray(seconds) * 1e3, [10, 50, 90])
+    return {"median_ms": round(median, 3), "p10_ms": round(low, 3), "p90_ms": round(high, 3)}
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
+    """Print the rows as CSV, and append them to the file at `path`, with a header where it is new."""
+    rows = [row | conditions() for row in rows]
+    _write(rows, sys.stdout, header=True)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with open(path, "a", newline="") as file:
+            _write(rows, file, header=is_new)
+
+
+def print_headline(figures: dict[str, Any]) -> None:
+    """Print the headline figures by name: the last line of the output."""
+    print(json.dumps(figures), flush=True)
+
+
+def _write(rows: Sequence[dict[str, Any]], file: Any, *, header: bool) -> None:
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.machine()
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else "none"
