@@ -363,26 +363,6 @@ def test_updates_have_the_same_bits_on_every_instruction_set(name: str) -> None:
     assert all(torch.equal(results[0], result) for result in results)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_sum_update_equals_segment_sum_and_update(name: str, threads: int) -> None:
-    tables, ids = pairs(700)
-    generator = torch.Generator().manual_seed(1)
-    index = torch.randint(0, 600, (20_000,), generator=generator)  # the last hundred rows: a step with zeros
-    grads = torch.randn(20_000, 24, generator=generator)
-    rows = []
-    for fused in (True, False):
-        host = HostStorage(24, INITS)
-        host.set_slots(rule_slots(name, 24))
-        handles, _ = host.find_or_insert(tables, ids)
-        assert isinstance(host, HostStorage)
-        if fused:
-            host.sum_update(name, handles, grads, index, **HYPER[name])
-        else:
-            host.update(name, handles, segment_sum(grads, index, 700), **HYPER[name])
-        rows.append(host.gather(handles))
-    assert torch.equal(rows[0], rows[1])
-
-
 # ---- functions ----
 
 

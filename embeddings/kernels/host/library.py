@@ -44,13 +44,10 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "storage_scatter_step": (c_int, [c_void_p, c_void_p, c_int64, c_void_p]),
     "storage_erase": (c_int, [c_void_p, c_void_p, c_void_p, c_int64, _COUNT]),
     "storage_update": (c_int, [c_void_p, c_int, _COUNT, c_void_p, c_int64, c_void_p, _HYPER, c_int]),
-    "storage_sum_update": (
-        c_int, [c_void_p, c_int, _COUNT, c_void_p, c_int64, c_void_p, c_void_p, c_int64, _HYPER, c_int],
-    ),
     "storage_keys": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p]),
     "storage_size": (c_int64, [c_void_p]),
     "storage_bytes": (c_int64, [c_void_p]),
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -125,20 +125,6 @@ class HostStorage(TableStorage):
         source = pointer(grads, torch.float32, n, self._dim, name="grads")
         call("storage_update", storage, number, slots, self._handles(handles), n, source, byref(values), num_threads())
 
-    def sum_update(self, rule: str, handles: Tensor, grads: Tensor, index: Tensor, **hyper: float) -> None:
-        """Equal `update(rule, handles, segment_sum(grads, index, len(handles)), **hyper)` without storing the sums.
-
-        `grads` float32 [n, dim] of occurrences, `index` int64 [n] into `handles`.
-        """
-        storage, rows, n = self._open, len(handles), len(grads)
-        number, slots, values = self._rule(rule, hyper)
-        sources = (
-            pointer(grads, torch.float32, n, self._dim, name="grads"),
-            pointer(index, torch.int64, n, name="index"),
-        )
-        where = (self._handles(handles), rows)
-        call("storage_sum_update", storage, number, slots, *where, *sources, n, byref(values), num_threads())
-
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:
         n = len(self)
         tables = torch.empty(n, dtype=torch.int32, device="cpu")

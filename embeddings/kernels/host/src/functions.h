@@ -2,8 +2,6 @@
 #pragma once
 #include <stdint.h>
 
-#include <vector>
-
 namespace grzoo {
 
 // tables, unique_tables: both null, or both given. Returns the number of distinct pairs, in first-seen order.
@@ -17,12 +15,5 @@ void take_rows(const float* values, int64_t rows, const int64_t* index, int64_t 
 
 // Throws InvalidArgument naming the first value outside [low, high).
 void check_range(const int64_t* values, int64_t n, int64_t low, int64_t high, const char* what);
-
-// offsets [segments + 1] and order [n]: the positions of index sorted by segment, each segment's in their order
-void sort_by_segment(const int64_t* index, int64_t n, int64_t segments, std::vector<int64_t>& offsets,
-                     std::vector<uint32_t>& order);
-
-// The first segment of each part, so that all parts have about as many elements; parts + 1 values.
-std::vector<int64_t> split_segments(const std::vector<int64_t>& offsets, int parts);
 
 }  // namespace grzoo

@@ -56,10 +56,6 @@ int grzoo_storage_scatter_step(GrzooStorage* storage, const int64_t* handles, in
 int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* erased);
 int grzoo_storage_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t n,
                          const float* grads, const GrzooHyper* hyper, int threads);
-// grads [n, dim] of occurrences, index [n] into handles [rows]: the sum of each row's gradients is never stored
-int grzoo_storage_sum_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles,
-                             int64_t rows, const float* grads, const int64_t* index, int64_t n,
-                             const GrzooHyper* hyper, int threads);
 int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int64_t* handles);
 int64_t grzoo_storage_size(GrzooStorage* storage);
 int64_t grzoo_storage_bytes(GrzooStorage* storage);

@@ -170,11 +170,6 @@ int grzoo_storage_update(GrzooStorage* storage, int rule, const int64_t* slots, 
     return locked(storage, [&] { storage->update(rule, slots, handles, n, grads, *hyper, threads); });
 }
 
-int grzoo_storage_sum_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t rows,
-                             const float* grads, const int64_t* index, int64_t n, const GrzooHyper* hyper, int threads) {
-    return locked(storage, [&] { storage->sum_update(rule, slots, handles, rows, grads, index, n, *hyper, threads); });
-}
-
 int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int64_t* handles) {
     return locked(storage, [&] { storage->keys(tables, ids, handles); });
 }

@@ -121,24 +121,6 @@ void add_rows(const float* values, const int64_t* index, const uint32_t* positio
     }
 }
 
-void sum_sorted(const float* values, const uint32_t* order, const int64_t* offsets, int64_t begin, int64_t end, int64_t dim,
-                float* sums) {
-    const int64_t last = offsets[end];
-    for (int64_t s = begin; s < end; ++s) {
-        float* sum = sums + (s - begin) * dim;
-        const int64_t first = offsets[s];
-        if (first == offsets[s + 1]) memset(sum, 0, sizeof(float) * dim);
-        for (int64_t k = first; k < offsets[s + 1]; ++k) {
-            if (k + kAhead < last) prefetch_row<0>(values + int64_t(order[k + kAhead]) * dim, dim);
-            const float* row = values + int64_t(order[k]) * dim;
-            if (k == first)
-                copy_row(sum, row, dim);
-            else
-                add_row(sum, row, dim);
-        }
-    }
-}
-
 void initial(const InitLaw& law, int64_t id, const uint64_t* column_words, int64_t dim, float* row) {
     if (law.kind == GRZOO_CONSTANT) {
         for (int64_t j = 0; j < dim; ++j) row[j] = law.value;
@@ -269,7 +251,7 @@ void adamw(const RowsView& rows, const UpdateRule& rule, const int64_t* handles,
 
 extern const Kernels table;
 const Kernels table = {
-    GRZOO_STRING(GRZOO_ISA), gather, take_rows, add_rows, sum_sorted, initial, {sgd, adagrad, rowwise_adagrad, adam, adamw},
+    GRZOO_STRING(GRZOO_ISA), gather, take_rows, add_rows, initial, {sgd, adagrad, rowwise_adagrad, adam, adamw},
 };
 
 }  // namespace GRZOO_ISA

@@ -58,9 +58,6 @@ struct Kernels {
     // out[index[p]] += values[p] for p = positions[k] (or k itself when null), in this order; seen[s] == 0: out[s] is written first
     void (*add_rows)(const float* values, const int64_t* index, const uint32_t* positions, int64_t count, int64_t dim,
                      float* out, uint8_t* seen);
-    // sums[s - begin] = sum over k in [offsets[s], offsets[s + 1]) of values[order[k]], for s in [begin, end)
-    void (*sum_sorted)(const float* values, const uint32_t* order, const int64_t* offsets, int64_t begin, int64_t end,
-                       int64_t dim, float* sums);
     // row[c] for the columns; column_words[c] = 0x9E3779B97F4A7C15 + mix64(c + 0x632BE59BD9B4E019)
     void (*initial)(const InitLaw&, int64_t id, const uint64_t* column_words, int64_t dim, float* row);
     void (*update[5])(const RowsView&, const UpdateRule&, const int64_t* handles, const float* grads, int64_t begin,

@@ -1,5 +1,8 @@
 #include <string.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "common.h"
 #include "functions.h"
 #include "kernels.h"
@@ -12,6 +15,18 @@ constexpr int64_t kFloatsPerThread = 1 << 16;     // floats that are worth a thr
 
 int parts_of(int64_t n, int64_t dim, int threads) { return parts_for(n, threads, kFloatsPerThread / (dim + 1) + 1); }
 
+// The first segment of each part, so that all parts have about as many elements; parts + 1 values.
+std::vector<int64_t> split_segments(const std::vector<int64_t>& offsets, int parts) {
+    const int64_t segments = static_cast<int64_t>(offsets.size()) - 1, n = offsets.back();
+    std::vector<int64_t> borders{0};
+    for (int part = 1; part < parts; ++part) {
+        const auto border = std::lower_bound(offsets.begin(), offsets.end(), part_begin(n, parts, part)) - offsets.begin();
+        borders.push_back(std::max(borders.back(), std::min<int64_t>(border, segments)));
+    }
+    borders.push_back(segments);
+    return borders;
+}
+
 }  // namespace
 
 void check_range(const int64_t* values, int64_t n, int64_t low, int64_t high, const char* what) {
@@ -23,28 +38,6 @@ void check_range(const int64_t* values, int64_t n, int64_t low, int64_t high, co
         if (values[i] < low || values[i] >= high)
             throw InvalidArgument(std::string(what) + " " + std::to_string(values[i]) + " at position " + std::to_string(i) +
                                   " is outside [" + std::to_string(low) + ", " + std::to_string(high) + ")");
-}
-
-void sort_by_segment(const int64_t* index, int64_t n, int64_t segments, std::vector<int64_t>& offsets,
-                     std::vector<uint32_t>& order) {
-    offsets.assign(static_cast<size_t>(segments) + 1, 0);
-    order.resize(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) ++offsets[static_cast<size_t>(index[i]) + 1];
-    for (int64_t s = 0; s < segments; ++s) offsets[static_cast<size_t>(s) + 1] += offsets[static_cast<size_t>(s)];
-    for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(offsets[static_cast<size_t>(index[i])]++)] = static_cast<uint32_t>(i);
-    for (int64_t s = segments; s > 0; --s) offsets[static_cast<size_t>(s)] = offsets[static_cast<size_t>(s) - 1];
-    offsets[0] = 0;
-}
-
-std::vector<int64_t> split_segments(const std::vector<int64_t>& offsets, int parts) {
-    const int64_t segments = static_cast<int64_t>(offsets.size()) - 1, n = offsets.back();
-    std::vector<int64_t> borders{0};
-    for (int part = 1; part < parts; ++part) {
-        const auto border = std::lower_bound(offsets.begin(), offsets.end(), part_begin(n, parts, part)) - offsets.begin();
-        borders.push_back(std::max(borders.back(), std::min<int64_t>(border, segments)));
-    }
-    borders.push_back(segments);
-    return borders;
 }
 
 void segment_sum(const float* values, const int64_t* index, int64_t n, int64_t dim, int64_t segments, float* out,

@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t kIdsPerThread = 1 << 11;          // ids that are worth a thread
 constexpr int64_t kKeysAhead = 16;
 constexpr int64_t kCorrections = 1 << 14;    // steps with a stored bias correction; later ones are computed
-constexpr int64_t kBlock = 16;               // rows that are summed before they are updated
 
 Correction correction_of(const UpdateRule& rule, int64_t step) {
     return {1 - pow(rule.beta1_exact, double(step)), static_cast<float>(sqrt(1 - pow(rule.beta2_exact, double(step))))};
@@ -177,30 +176,6 @@ void Storage::update(int rule, const int64_t* slots, const int64_t* handles, int
     const RowsView view = rows_.view();
     parallel_ranges(n, threads, kIdsPerThread / 4,
                     [&](int64_t begin, int64_t end) { kernels().update[rule](view, update, handles, grads, begin, end); });
-}
-
-void Storage::sum_update(int rule, const int64_t* slots, const int64_t* handles, int64_t rows, const float* grads,
-                         const int64_t* index, int64_t n, const GrzooHyper& hyper, int threads) {
-    const UpdateRule update = make_rule(rule, slots, hyper);
-    check_handles(handles, rows, 0);
-    check_range(index, n, 0, rows, "segment");
-    if (n >= int64_t(UINT32_MAX)) throw InvalidArgument("sum_update takes at most 2^32 - 2 values");
-    std::vector<int64_t> offsets;
-    std::vector<uint32_t> order;
-    sort_by_segment(index, n, rows, offsets, order);
-    const RowsView view = rows_.view();
-    const int parts = parts_for(n, threads, kIdsPerThread / 4);
-    const std::vector<int64_t> borders = split_segments(offsets, parts);
-    std::vector<float> sums(static_cast<size_t>(parts * kBlock * view.dim));
-    parallel(parts, [&](int part) {
-        float* block = sums.data() + part * kBlock * view.dim;
-        const int64_t end = borders[static_cast<size_t>(part) + 1];
-        for (int64_t s = borders[static_cast<size_t>(part)]; s < end; s += kBlock) {
-            const int64_t count = std::min(kBlock, end - s);
-            kernels().sum_sorted(grads, order.data(), offsets.data(), s, s + count, view.dim, block);
-            kernels().update[rule](view, update, handles + s, block, 0, count);
-        }
-    });
 }
 
 void Storage::keys(int32_t* tables, int64_t* ids, int64_t* handles) const {

@@ -23,8 +23,6 @@ public:
     void gather(const int64_t* handles, int64_t n, float* out, int threads) const;
     void update(int rule, const int64_t* slots, const int64_t* handles, int64_t n, const float* grads,
                 const GrzooHyper& hyper, int threads);
-    void sum_update(int rule, const int64_t* slots, const int64_t* handles, int64_t rows, const float* grads,
-                    const int64_t* index, int64_t n, const GrzooHyper& hyper, int threads);
     void keys(int32_t* tables, int64_t* ids, int64_t* handles) const;
 
     const Rows& rows() const { return rows_; }
