@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class VectorModel:
-    """Items that are their own vectors: what a catalogue needs of a model, with whole-numbered scores (ties are exact)."""
+    """Items that are their own vectors, with whole-numbered scores, so that ties are exact."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self.embeddings = DynamicEmbeddingCollection(
@@ -63,7 +63,7 @@ def expected(case: dict[str, Tensor], user: int, k: int) -> tuple[list[int], lis
 
 
 def sharded_retrieval(rank: int, world_size: int, folder: str, other: str, k: int) -> dict[str, Any]:
-    """A catalogue over two and over three ranks, and a model that two of them share; one spawn, since ranks start slowly."""
+    """A catalogue over two and three ranks, and a model that two of them share; one spawn: ranks start slowly."""
     pair = dist.new_group([0, 1])
     three = rank_catalogue(dist.group.WORLD, k)
     if rank == 2:

@@ -14,7 +14,7 @@ Batch = dict[str, Any]
 def make_batch(
     lengths: list[int], *, negatives: int = 3, shared: bool = False, seed: int = 0, trained: float = 0.8
 ) -> Batch:
-    """A packed micro-batch of users with these numbers of events, ids of any sign, some labels masked (with junk there)."""
+    """A packed micro-batch of users with these numbers of events, ids of any sign, some labels masked."""
     generator = torch.Generator().manual_seed(seed)
     total, starts = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
     ids = torch.randint(-7, 12, (1, total), generator=generator) * 10**17
@@ -82,7 +82,7 @@ def batches() -> Any:
 
 @pytest.fixture
 def micro_model() -> Iterator[Callable[..., HSTUForRetrieval]]:
-    """Builds a small HSTU with an attached sparse optimizer, large random weights and initial vectors, ready to train."""
+    """Builds a small HSTU with an attached sparse optimizer, large random weights and initial vectors."""
     kept = []
 
     def build(*, dtype: torch.dtype = torch.float32, **fields: Any) -> HSTUForRetrieval:

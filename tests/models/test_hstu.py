@@ -38,9 +38,9 @@ def assert_same(got, want, atol=1e-6):
 
 
 def paper_loss(weights, config, item, batch):
-    """Sampled-softmax loss of a padded batch, straight from the equations of arXiv 2402.17152; dense [B, n, n] everywhere.
+    """Sampled-softmax loss of a padded batch, straight from the equations of arXiv 2402.17152; dense.
 
-    weights: the state dict. item: function from ids to vectors. Times, ids, masks padded to n = max_position_embeddings.
+    weights: the state dict. item: function from ids to vectors. All is padded to n = max_position_embeddings.
     """
     n, d, heads = config.max_position_embeddings, config.hidden_size, config.num_attention_heads
     dv, dqk = config.linear_head_dim, config.attention_head_dim
@@ -94,7 +94,7 @@ def paper_loss(weights, config, item, batch):
     return (-logits.log_softmax(-1)[..., 0] * mask).sum() / mask.sum(), query
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "naive"])
+@pytest.mark.parametrize("attn_implementation", ["auto", "eager", "naive"])
 @pytest.mark.parametrize(
     "fields", [{}, {"use_time_bias": False}, {"negative_sampling": "shared", "num_attention_heads": 1}]
 )
@@ -140,7 +140,7 @@ def test_padded_equals_packed(left, shared, micro_model, batches):
 @pytest.mark.parametrize("split", [[[0, 1, 2], [3, 4, 5]], [[4], [0, 2], [], [5, 3, 1]]])
 @pytest.mark.parametrize("shared", [False, True])
 def test_micro_batches_do_not_change_the_step(split, shared, micro_model, batches):
-    """Law 1: loss and gradients of a step, with dropout and negatives on, whatever its micro-batches (an empty one too)."""
+    """Law 1: loss and gradients of a step, with dropout and negatives on, for any micro-batches."""
     model = micro_model(negative_sampling="shared" if shared else "uniform")
     batch = batches.make_batch(LENGTHS, shared=shared)
     parts = [batches.take_users(batch, users) for users in split]
@@ -304,3 +304,11 @@ class TestBadInput:
     def test_unknown_attention(self, micro_model):
         with pytest.raises(ValueError, match="attn_implementation"):
             micro_model().set_attn_implementation("fast")
+
+
+def test_float32_by_the_default_paths_equals_float64(micro_model, batches):
+    """What users run (float32, the host kernels where there is a compiler) against the float64 form checked above."""
+    batch = batches.make_batch(LENGTHS)
+    got, want = by_id(micro_model(), [batch]), by_id(micro_model(dtype=torch.float64), [batch])
+    dense = {name: grad.float() for name, grad in want[1].items()}
+    assert_same(got, (want[0].float(), dense, want[2]), atol=1e-5)

@@ -12,7 +12,7 @@ _CHUNK = 1 << 14  # elements: the two int64 buffers of a chunk stay in the cache
 
 
 def keyed_dropout(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
-    """`keyed_dropout_naive` (formula and shapes there), the same mask bit for bit; keeps a byte per element for backward."""
+    """`keyed_dropout_naive` (formula and shapes there), the same mask bit for bit; keeps one byte per element."""
     row_keys = fold(token_keys, site)
     assert isinstance(row_keys, Tensor)
     dropped = dropout_mask(row_keys, x.shape[1], p)
