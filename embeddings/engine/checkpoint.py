@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-
-from grzoo import __version__
 from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.io import load_tables, save_tables
+
+from grzoo import __version__
 
 from . import folder as folders
 from .dense import DenseState

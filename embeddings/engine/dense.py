@@ -53,7 +53,7 @@ class DenseState:
     # Whole tensors out
 
     def gather(self, name: str) -> dict[str, Tensor]:
-        """A parameter's master weights (float32) and states, or a buffer, by checkpoint name, on the CPU. Collective."""
+        """A parameter's master weights (float32) and states, or a buffer, by checkpoint name. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if name in self.buffers:

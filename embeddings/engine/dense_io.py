@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grzoo.embeddings.exchange import Exchange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from grzoo.embeddings.exchange import Exchange
 
 from .dense import DenseState
 from .folder import flush

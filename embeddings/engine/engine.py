@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-
 from grzoo.embeddings.collection import DynamicEmbeddingCollection
 from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.optimizers import SparseOptimizer
 from grzoo.embeddings.step import Step
+from torch import Tensor, nn
 
 from .config import EngineConfig
 from .overflow import poison_dense_gradients

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-
 from grzoo.embeddings.collection import DynamicEmbeddingCollection
 from grzoo.embeddings.optimizers import SparseOptimizer
+from torch import nn
 
 from .config import EngineConfig, resolve_config
 from .engine import GenRecEngine

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
 import grzoo.embeddings.optimizers as optimizers
 from grzoo.embeddings.collection import DynamicEmbeddingCollection
 from grzoo.embeddings.optimizers import SparseOptimizer
+from torch import nn
 
 OPTIMIZERS: dict[str, type[SparseOptimizer]] = {
     "SGD": optimizers.SparseSGD,

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from grzoo.data.collator import GenRecCollator, GlobalStep
 from grzoo.data.dataset import EventDataset
 from grzoo.data.loader import StepLoader
@@ -133,11 +132,8 @@ def sparse_optimizer(recipe: Recipe) -> Callable[..., SparseOptimizer]:
 def build_engine(recipe: Recipe, layout: Layout, **arguments: Any) -> Any:
     from grzoo.embeddings.engine import initialize
 
-    engine, _, _, _ = initialize(
-        model=build_model(recipe),
-        config=deepspeed_config(recipe, layout),
-        **({"sparse_optimizer": sparse_optimizer(recipe)} | arguments),
-    )
+    arguments = {"model": build_model(recipe), "sparse_optimizer": sparse_optimizer(recipe)} | arguments
+    engine, _, _, _ = initialize(config=deepspeed_config(recipe, layout), **arguments)
     return engine
 
 
