@@ -26,8 +26,15 @@ class RankFailed(AssertionError):
 
 
 def _run(
-    rank: int, world_size: int, folder: str, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    environment: dict[str, str],
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(1)
@@ -48,16 +55,19 @@ def _run(
         sys.exit(1)
 
 
-def spawn(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def spawn(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
     """Run fn(rank, world_size, *args) on `world_size` fresh processes joined by gloo; return what each returned (JSON).
 
     Raises RankFailed with every traceback when a rank raises or dies; when `timeout`
     seconds pass all are killed, so that a collective that hangs fails the test.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # one process imports torch, the ranks are its forks
+        context.set_forkserver_preload(["torch", "torch._dynamo"])
         ranks = [
-            context.Process(target=_run, args=(rank, world_size, folder, timeout, fn, args), daemon=True)
+            context.Process(
+                target=_run, args=(rank, world_size, folder, timeout, dict(os.environ), fn, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:

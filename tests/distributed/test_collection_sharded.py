@@ -38,7 +38,7 @@ def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     if world == 3:
         todo += [("sub_group", [])]
     if world not in _cache:
-        _cache[world] = spawn(world, jobs.run_jobs, todo, timeout=100)
+        _cache[world] = spawn(world, jobs.run_jobs, todo, timeout=240)
     return _cache[world]
 
 
