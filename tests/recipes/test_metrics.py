@@ -39,8 +39,9 @@ def test_popularity_against_brute_force(with_seen):
     generator = np.random.default_rng(1)
     ids = generator.permutation(np.array([-(2**63), -5, 0, 3, 9, 11, 40, 2**63 - 1]))
     counts = generator.integers(3, size=len(ids))  # many ties
-    histories = [generator.choice(ids, size=n) for n in (0, 1, 5, 8, 3)]  # repeats, sometimes the target itself
+    histories = [generator.choice(ids, size=n) for n in (0, 1, 5, 8, 3)]  # repeats
     targets = generator.choice(ids, size=len(histories))
+    histories[3][0] = targets[3]  # seen before: not left out for this user
     if not with_seen:
         histories = [h[:0] for h in histories]
     offsets = np.cumsum([0] + [len(h) for h in histories])
