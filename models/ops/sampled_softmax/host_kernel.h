@@ -67,30 +67,53 @@ inline void weighted_rows(const Sampled& s, const int32_t* index, const float* w
     if (s.padded - k >= kLanes) block(std::integral_constant<int, 1>());
 }
 
+// 64-bit indices to 32 bits; false when one is not in [0, end).
+inline bool narrow(const int64_t* __restrict index, int64_t count, int64_t end, int32_t* __restrict out) {
+    int64_t bad = 0;
+    for (int64_t n = 0; n < count; ++n) {
+        out[n] = static_cast<int32_t>(index[n]);
+        bad |= index[n] < 0 || index[n] >= end;
+    }
+    return bad == 0;
+}
+
+inline void scale_negatives(const uint8_t* __restrict accidental, int64_t count, float factor, float* __restrict logits) {
+    for (int64_t n = 0; n < count; ++n) {
+        float scaled = logits[n] * factor;
+        logits[n] = accidental[n] ? -5e4f : scaled;
+    }
+}
+
+// sums [padded] += weight * query
+GRZOO_INLINE void add_scaled(float* sums, float weight, const float* query, int64_t padded) {
+    const Floats factor = splat(weight);
+    int64_t k = 0;
+    for (; k + 4 * kLanes <= padded; k += 4 * kLanes) {
+        Floats total[4];
+        for (int w = 0; w < 4; ++w) total[w] = load(sums + k + w * kLanes) + factor * load(query + k + w * kLanes);
+        for (int w = 0; w < 4; ++w) store(sums + k + w * kLanes, total[w]);
+    }
+    for (; k < padded; k += kLanes) store(sums + k, load(sums + k) + factor * load(query + k));
+}
+
 // Loss of tokens [begin, end), gradient of their queries, slopes for `sum_rows`. Scratch: padded + 3 (1 + negatives + 8) floats.
 // Returns false when an index is out of range.
 bool token_losses(const Sampled& s, int64_t begin, int64_t end, float* scratch, double* loss) {
     const int64_t count = 1 + s.negatives, room = round_up_lanes(count);
-    const bool far = s.num_rows * s.padded > (1 << 20);   // beyond the caches
+    const bool far = s.num_rows * s.padded > kFarFloats;
     float* logits = scratch;
     float* grad = logits + room;
     for (int64_t t = begin; t < end; ++t) {
         int32_t* index = s.index + t * count;
         index[0] = static_cast<int32_t>(s.positive[t]);
-        bool valid = static_cast<uint64_t>(s.positive[t]) < static_cast<uint64_t>(s.num_rows);
-        const int64_t* negative = s.negative + t * s.negatives;
-        for (int64_t n = 0; n < s.negatives; ++n) {
-            index[1 + n] = static_cast<int32_t>(negative[n]);
-            valid &= static_cast<uint64_t>(negative[n]) < static_cast<uint64_t>(s.num_rows);
-        }
-        if (!valid) return false;
+        bool valid = narrow(s.negative + t * s.negatives, s.negatives, s.num_rows, index + 1);
+        if (!valid || static_cast<uint64_t>(s.positive[t]) >= static_cast<uint64_t>(s.num_rows)) return false;
         float* query = s.unit_query + t * s.padded;
         float scale = normalize(s.query + t * s.width, s.width, s.padded, query);
         cosines(s, query, index, count, far, logits);
-        const uint8_t* accidental = s.accidental + t * s.negatives;
         float positive = logits[0] * s.inverse_temperature;
         logits[0] = positive;
-        for (int64_t n = 0; n < s.negatives; ++n) logits[1 + n] = accidental[n] ? -5e4f : logits[1 + n] * s.inverse_temperature;
+        scale_negatives(s.accidental + t * s.negatives, s.negatives, s.inverse_temperature, logits + 1);
         for (int64_t n = count; n < room; ++n) logits[n] = -__builtin_inff();
         Floats most = load(logits);
         for (int64_t n = kLanes; n < room; n += kLanes) most = load(logits + n) > most ? load(logits + n) : most;
@@ -109,9 +132,10 @@ bool token_losses(const Sampled& s, int64_t begin, int64_t end, float* scratch, 
         Floats factor = splat(s.inverse_temperature / denominator);
         for (int64_t n = 0; n < room; n += kLanes) store(logits + n, load(logits + n) * factor);
         // Minus the sum of the others instead of p - 1: exact where p is close to 1.
-        float others = 0.0f;
-        for (int64_t n = 1; n < count; ++n) others += logits[n];
-        logits[0] = -others;
+        Floats others = splat(0.0f);
+        logits[0] = 0.0f;
+        for (int64_t n = 0; n < room; n += kLanes) others += load(logits + n);
+        logits[0] = -sum(others);
         memcpy(s.slope + t * count, logits, count * sizeof(float));
         weighted_rows(s, index, logits, count, grad);
         normalize_backward(grad, query, scale, s.width, s.padded, s.grad_query + t * s.width);
@@ -125,6 +149,9 @@ void sum_rows(const Sampled& s, int64_t begin, int64_t end, float* scratch) {
     int32_t* row = reinterpret_cast<int32_t*>(scratch);
     float* weight = scratch + count;
     memset(s.row_sums + begin * s.padded, 0, (end - begin) * s.padded * sizeof(float));
+    float* const all = s.row_sums;
+    const int64_t padded = s.padded;
+    const bool far = (end - begin) * padded > kFarFloats;
     const uint32_t first = static_cast<uint32_t>(begin), size = static_cast<uint32_t>(end - begin);
     for (int64_t t = 0; t < s.tokens; ++t) {
         const int32_t* index = s.index + t * count;
@@ -137,9 +164,8 @@ void sum_rows(const Sampled& s, int64_t begin, int64_t end, float* scratch) {
         }
         const float* query = s.unit_query + t * s.padded;
         for (int64_t m = 0; m < mine; ++m) {
-            if (m + 8 < mine) prefetch_row(s.row_sums + s.padded * row[m + 8], s.padded);
-            float* sums = s.row_sums + s.padded * row[m];
-            for (int64_t k = 0; k < s.padded; k += kLanes) store(sums + k, load(sums + k) + splat(weight[m]) * load(query + k));
+            if (far && m + 8 < mine) prefetch_row(all + padded * row[m + 8], padded);
+            add_scaled(all + padded * row[m], weight[m], query, padded);
         }
     }
     for (int64_t u = begin; u < end; ++u)

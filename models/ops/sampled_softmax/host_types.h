@@ -21,5 +21,6 @@ struct Sampled {
 };
 
 constexpr float kNormFloor = 1e-6f;
+constexpr int64_t kFarFloats = 1 << 18;   // rows of more than this leave the second-level cache: fetch ahead
 
 }  // namespace grzoo
