@@ -32,10 +32,13 @@ class TakeRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         ctx.on_backward()
         (index,) = ctx.saved_tensors
-        leaf = ctx.leaf
+        leaf, flat, rows = ctx.leaf, index.reshape(-1), grad.reshape(-1, ctx.leaf.shape[1])
+        if leaf.grad is None and leaf.device.type == "cpu":
+            leaf.grad = ctx.backend.segment_sum(rows.contiguous(), flat.contiguous(), len(leaf))
+            return None, None, None, None
         if leaf.grad is None:
             leaf.grad = torch.zeros_like(leaf, requires_grad=False)
-        add_rows(leaf.grad, index.reshape(-1), grad.reshape(-1, leaf.shape[1]), ctx.backend)
+        add_rows(leaf.grad, flat, rows, ctx.backend)
         return None, None, None, None
 
 

@@ -91,7 +91,8 @@ def _sum_over_ranks(share: TableShare, grads: Tensor, reached: Tensor) -> RowGra
 
 def _sum_over_steps(share: TableShare, steps: list[RowGradients], scale: float) -> RowGradients:
     if len(steps) == 1:
-        return RowGradients(steps[0].tables, steps[0].handles, steps[0].grads * scale)
+        grads = steps[0].grads if scale == 1.0 else steps[0].grads * scale
+        return RowGradients(steps[0].tables, steps[0].handles, grads)
     handles = torch.cat([step.handles for step in steps])
     unique = share.table.backend.unique(handles)
     tables = torch.empty(len(unique.ids), dtype=torch.int32, device="cpu")
@@ -107,5 +108,5 @@ def _bytes_sent(step: Step, rank: int) -> int:
 
 
 def squared_norm(reduced: Sequence[RowGradients]) -> float:
-    """Return the sum of the squares of the gradients on this rank, in float64."""
-    return sum(torch.linalg.vector_norm(r.grads, dtype=torch.float64).item() ** 2 for r in reduced)
+    """Return the sum of the squares of the gradients on this rank: norms of rows in float32, their sum in float64."""
+    return sum(torch.linalg.vector_norm(r.grads, dim=1).double().square().sum().item() for r in reduced)
