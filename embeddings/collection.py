@@ -39,7 +39,7 @@ class DynamicEmbeddingCollection(nn.Module):
         tables: the logical tables (TableConfig or its dict), with distinct names.
         features: the features and the tables they use (FeatureConfig or its dict); tables may be shared.
         seed: of the initial values.
-        backend: "auto", "naive" or "host" (see grzoo.embeddings.kernels).
+        backend: "auto" (host memory), "naive", "host" or "triton" (rows in GPU memory); see grzoo.embeddings.kernels.
         process_group: the data-parallel group; None: this process alone.
         merge: merge tables of equal width. Results do not depend on it.
 

@@ -101,8 +101,8 @@ class PhysicalTable:
         return rows
 
     def sorted_keys(self, logical: int) -> tuple[Tensor, Tensor]:
-        """Return ids and handles int64 [n] of one logical table, sorted by (bucket, id)."""
-        tables, ids, handles = self.storage.keys()
+        """Return ids and handles int64 [n] of one logical table, sorted by (bucket, id), in host memory."""
+        tables, ids, handles = (keys.cpu() for keys in self.storage.keys())
         mine = tables == logical
         ids, handles = ids[mine], handles[mine]
         order = torch.argsort(ids)

@@ -47,3 +47,12 @@ def test_nothing_spills(reports: list[dict[str, str]]) -> None:
 def test_rows_and_records_move_sixteen_bytes_at_a_time(reports: list[dict[str, str]]) -> None:
     assert [r for r in reports if r["kernel"] in WIDE_LOADS and r["load_bytes"] != "16"] == []
     assert [r for r in reports if r["kernel"] in WIDE_STORES and r["store_bytes"] != "16"] == []
+
+
+def test_the_bytes_of_the_floor() -> None:
+    from grzoo.embeddings.kernels.triton.costs import floor, gather_bytes, update_bytes
+
+    assert gather_bytes(128) == 8 + 512 + 512
+    assert update_bytes(128, 2) == 512 * 7 + 2 * 8 + 64 + 16  # gradient; row and two moments, in and out
+    one = floor(128, 3, 1)
+    assert one.evaluation < one.forward and floor(128, 6, 2).backward == 2 * one.backward

@@ -1,10 +1,12 @@
 """Law 5: tables in GPU memory equal the naive ones. Run by test_triton_storage.py, on a GPU or interpreted."""
 
+import copy
 import random
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, SparseAdamW, TableConfig
 from grzoo.embeddings.kernels import RowInit, Slot, TableStorage, get_backend
 from grzoo.embeddings.kernels.base import RULES
 from grzoo.embeddings.kernels.naive import NaiveStorage
@@ -153,8 +155,10 @@ def home_of(table: int, id_: int, capacity: int) -> int:
 def test_erasing_from_long_runs_leaves_no_tombstone_and_loses_no_key() -> None:
     table, _ = twins(1)
     capacity = table._open.capacity
-    crowded = [i for i in range(60_000) if (home_of(2, i, capacity) + 4) % capacity < 8][:20]  # wraps around the end
-    ids, tables = torch.tensor(crowded), torch.full((20,), 2, dtype=torch.int32)
+    near = [{i for i in range(60_000) if (home_of(t, i, capacity) + 4) % capacity < 8} for t in range(2)]  # of the end
+    twice = sorted(near[0] & near[1])[:2]  # one id in two tables
+    ids = torch.tensor([*twice, *sorted(near[0] - near[1])[:8], *twice, *sorted(near[1] - near[0])[:8]])
+    tables = torch.arange(2, dtype=torch.int32).repeat_interleave(10)
     handles, _ = table.find_or_insert(tables, ids)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     for gone in order[:19].split([1, 3, 10, 5]):
@@ -451,3 +455,31 @@ class Twins(RuleBasedStateMachine):
 
 def test_any_history_gives_the_table_of_the_naive_twin() -> None:
     run_state_machine_as_test(Twins, settings=settings(max_examples=8, stateful_step_count=40, deadline=None))
+
+
+# ---- in a collection ----
+
+
+def test_a_collection_trains_the_same_rows_as_with_naive_tables() -> None:
+    results = []
+    for backend in ("triton", "naive"):
+        configs = [TableConfig(name=name, embedding_dim=4) for name in ("item", "user")]
+        features = [FeatureConfig(name="history", table="item"), FeatureConfig(name="user", table="user")]
+        collection = DynamicEmbeddingCollection(configs, features, backend=backend)
+        optimizer = SparseAdamW(collection, lr=0.1)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            history = torch.randint(-9, 9, (3, 7), generator=generator)
+            found = collection({"history": history, "user": history[:, 0]})
+            (found["history"].square().sum() + found["user"].sum()).backward()
+            optimizer.step()
+        results.append([collection.export_rows(name) for name in ("item", "user")])
+        twin = copy.deepcopy(collection)
+        for a, b in zip(*(c.export_rows("item").values() for c in (collection, twin)), strict=True):
+            assert torch.equal(a, b)
+        collection.eval()
+        assert collection({"history": torch.tensor([99])})["history"].eq(0).all()
+    for table, naive in zip(*results, strict=True):
+        assert torch.equal(table.pop("ids"), naive.pop("ids")) and torch.equal(table.pop("step"), naive.pop("step"))
+        for name, values in naive.items():
+            assert_close(table[name], values)

@@ -77,8 +77,8 @@ def segment_sum_kernel(
     while at < end:
         for u in tl.static_range(FEW):
             here = at + u < end
-            source = tl.load(order + at + u, mask=here, other=0)
-            value = tl.load(values + source * WIDTH + column, mask=inside & here, other=0.0)
-            total = tl.where(here, total + value, total)  # not + 0: that would turn -0 into 0
+            source = tl.load(order + at + u, mask=here, other=0)  # beyond the end: row 0, for nothing
+            value = tl.load(values + source * WIDTH + column, mask=inside, other=0.0)
+            total = tl.where(here, total + value, total)
         at += FEW
     tl.store(out + segment * WIDTH + column, total, mask=inside)

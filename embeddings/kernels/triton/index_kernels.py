@@ -30,9 +30,7 @@ def place(records, capacity, tables, ids, rows, live):
     slot = home_slot(tables, ids, capacity)
     tag = (tables.to(tl.int64) << 32) | rows
     while tl.max(live.to(tl.int32), axis=0) > 0:
-        expected = tl.where(
-            live, tag * 0 + EMPTY, tag * 0 - 3
-        )  # -3 is nowhere: lanes that are done change nothing
+        expected = tl.where(live, tag * 0 + EMPTY, tag * 0 - 3)  # -3 is nowhere: lanes that are done change nothing
         seen = tl.atomic_cas(records + slot * 2 + 1, expected, tag, sem="relaxed")
         won = live & (seen == EMPTY)
         tl.store(records + slot * 2, ids, mask=won)
