@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import warnings
 
 import torch.distributed as dist
 
@@ -57,6 +58,8 @@ def open_process_group(dist_init_required: bool | None = None) -> None:
     """Opens the default process group through DeepSpeed, unless the caller has opened it."""
     import deepspeed
 
+    # DeepSpeed still calls collectives by names that torch 2.13 deprecates; its users can do nothing about it.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     prepare_environment()
     avoid_compilation()
     deepspeed.init_distributed(dist_init_required=dist_init_required)
