@@ -1,11 +1,12 @@
 """Law 1 and the budget: a partition only moves samples between bins, and is the same on every rank."""
 
+import math
 from itertools import product
 
 import numpy as np
 import pytest
 from grzoo.data import bin_costs, partition, plan_micro_batches
-from grzoo.data.balancing import step_cost, try_partition
+from grzoo.data.balancing import _longest_first, step_cost, try_partition
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +35,22 @@ def test_the_budget_is_kept(lengths: list[int], bins: int, budget: int) -> None:
         assert 2 * tokens.sum() > bins * budget
     else:
         assert np.bincount(chosen, weights=tokens, minlength=bins).max() <= budget
+
+
+@given(st.integers(0, 10**6), st.integers(2, 8), st.floats(1.0, 1.3))
+def test_a_tight_budget_is_kept_whatever_the_costs(seed: int, bins: int, slack: float) -> None:
+    generator = np.random.default_rng(seed)
+    tokens, cost = generator.integers(1, 50, 60), generator.random(60)
+    budget = max(50, math.ceil(slack * tokens.sum() / bins))
+    chosen = try_partition(cost, tokens, bins, budget)
+    if chosen is None:
+        assert slack < 1.05, "best fit needs little room"
+    else:
+        assert np.bincount(chosen, weights=tokens, minlength=bins).max() <= budget
+
+
+def test_longest_first_gives_each_sample_to_the_cheapest_bin() -> None:
+    assert _longest_first(np.array([3.0, 7, 5, 4, 6]), 2).tolist() == [0, 0, 1, 0, 1]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(2, 3))
