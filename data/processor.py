@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from numpy.typing import ArrayLike
 from transformers import BatchFeature, FeatureExtractionMixin
 from transformers.utils import cached_file, logging
-from transformers.utils.hub import resolve_revision
+from transformers.utils.hub import extract_commit_hash
 
 from .catalogue import Catalogue, OriginalId
 from .jagged import Int64, offsets_of, within
@@ -75,11 +75,8 @@ class GenRecProcessor(FeatureExtractionMixin):
         """Load from a folder or from the hub (`revision`, `token`, `cache_dir`, ... as in transformers)."""
         name = str(pretrained_model_name_or_path)
         hub = {option: kwargs.pop(option) for option in _HUB_OPTIONS if option in kwargs}
-        options = {key: hub.get(key) for key in ("token", "cache_dir")}
-        # Resolved once, so that all files are of one commit.
-        hub["revision"] = resolve_revision(
-            name, hub.get("revision"), local_files_only=bool(hub.get("local_files_only")), **options
-        )
+        if not os.path.isdir(name):  # resolved once, so that all files are of one commit
+            hub["revision"] = extract_commit_hash(_file(name, CONFIG_FILE, hub), None) or hub.get("revision", "main")
         values, rest = cls.get_feature_extractor_dict(name, **hub, **kwargs)
         schema = DatasetSchema.load(Path(_file(name, SCHEMA_FILE, hub)).parent)
         catalogue = Catalogue.from_folder(Path(_file(name, ITEMS_FILE, hub)).parent, schema.id_mapping)

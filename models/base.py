@@ -16,7 +16,8 @@ from huggingface_hub import HfApi
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_files, resolve_revision
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, cached_files, extract_commit_hash
 
 from .auto import SharedGroup
 
@@ -149,15 +150,9 @@ class GenRecPreTrainedModel(PreTrainedModel):
             OSError: when there is no such model, or it holds no tables.
         """
         output_loading_info = kwargs.get("output_loading_info", False)
-        kwargs["revision"] = resolve_revision(
-            pretrained_model_name_or_path,
-            kwargs.get("revision"),
-            token=kwargs.get("token"),
-            local_files_only=kwargs.get("local_files_only", False),
-            cache_dir=kwargs.get("cache_dir"),
-        )
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        kwargs["revision"] = kwargs["revision"] or "main"
+        if not os.path.isdir(pretrained_model_name_or_path):
+            kwargs["revision"] = hub["revision"] = _commit(pretrained_model_name_or_path, hub)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if output_loading_info else loaded
         if isinstance(process_group, SharedGroup):
@@ -166,6 +161,13 @@ class GenRecPreTrainedModel(PreTrainedModel):
             model.embeddings.set_process_group(process_group)
         load_tables(model.embeddings, _table_folder(pretrained_model_name_or_path, hub), state=False)
         return loaded
+
+
+def _commit(name: str | os.PathLike[str], hub: dict[str, Any]) -> str:
+    """The commit that a revision of a hub repository points to now, so that all files are taken from it."""
+    config = cached_file(name, CONFIG_NAME, **hub)
+    commit: str = extract_commit_hash(config, None) or hub.get("revision", "main")
+    return commit
 
 
 def _table_folder(name_or_path: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
