@@ -12,7 +12,7 @@ kind its users write: look up 100,000 ids (Zipf over 1M rows of width 64), back-
 `rowwise_adagrad_vs_best_static` and `adam_vs_best_static` divide the median of the fastest baseline by grzoo's, the
 lesser ratio of both exponents. `lookup_vs_index_select` does so for an evaluation lookup without gradients against
 `index_select` on a static tensor. `two_threads_vs_one` is the speed of grzoo's row-wise Adagrad step with two threads
-over one. Growth: an empty table of width 16 takes 100,000 new ids a step; `growth_longest_pause_ms` is its slowest step,
+over one. Growth: an empty table of width 16 takes 100,000 new ids a step; `growth_longest_pause_ms` is its slowest one,
 `growth_bytes_per_row` what it takes beyond rows and state, which are its payload.
 
 Times are wall times; on a machine that is shared `--clock cpu` counts the time of this process alone (one thread only).

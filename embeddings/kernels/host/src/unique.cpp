@@ -8,55 +8,6 @@ namespace {
 constexpr uint32_t kNone = UINT32_MAX;
 constexpr int64_t kIdsAhead = 16;
 
-// Open addressing from a pair to a number, that doubles when two thirds full: sized by what is distinct, not by n, so
-// that it stays in the near caches.
-class PairMap {
-public:
-    explicit PairMap(int64_t expected) {
-        while ((int64_t(1) << bits_) * 2 < expected * 3) ++bits_;
-        entries_.assign(size_t(1) << bits_, Entry{});
-    }
-
-    GRZOO_INLINE void prefetch(uint64_t hash) const { grzoo::prefetch_write(&entries_[hash >> (64 - bits_)]); }
-
-    // The number of the pair; `number` when it is new, which `added` then says.
-    uint32_t find_or_add(uint64_t hash, int32_t table, int64_t id, uint32_t number, bool& added) {
-        Entry& entry = probe(hash, table, id);
-        added = entry.number == kNone;
-        if (!added) return entry.number;
-        entry = {id, table, number};
-        if (++size_ * 3 > (int64_t(1) << bits_) * 2) grow();
-        return number;
-    }
-
-private:
-    struct Entry {
-        int64_t id = 0;
-        int32_t table = 0;
-        uint32_t number = kNone;
-    };
-
-    Entry& probe(uint64_t hash, int32_t table, int64_t id) {
-        const size_t mask = (size_t(1) << bits_) - 1;
-        for (size_t at = hash >> (64 - bits_);; at = (at + 1) & mask) {
-            Entry& entry = entries_[at];
-            if (entry.number == kNone || (entry.id == id && entry.table == table)) return entry;
-        }
-    }
-
-    void grow() {
-        std::vector<Entry> old(size_t(2) << bits_);
-        old.swap(entries_);
-        ++bits_;
-        for (const Entry& entry : old)
-            if (entry.number != kNone) probe(key_hash(entry.table, entry.id), entry.table, entry.id) = entry;
-    }
-
-    int bits_ = 4;
-    int64_t size_ = 0;
-    std::vector<Entry> entries_;
-};
-
 struct Pairs {
     const int32_t* tables;
     const int64_t* ids;
@@ -64,22 +15,72 @@ struct Pairs {
     uint64_t hash(int64_t i) const { return key_hash(table(i), ids[i]); }
 };
 
+// Open addressing from a pair to a number, that doubles when half full: sized by what is distinct, not by n, and eight
+// bytes an entry, so that it stays in the near caches. The pairs themselves are those of `known`, by number.
+class PairMap {
+public:
+    PairMap(Pairs known, int64_t expected) : known_(known) {
+        while ((int64_t(1) << bits_) < expected * 2) ++bits_;
+        entries_.assign(size_t(1) << bits_, Entry{0, kNone});
+    }
+
+    GRZOO_INLINE void prefetch(uint64_t hash) const { grzoo::prefetch_write(&entries_[hash >> (64 - bits_)]); }
+
+    // The number of the pair; `number` when it is new, which `added` then says.
+    uint32_t find_or_add(uint64_t hash, int32_t table, int64_t id, uint32_t number, bool& added) {
+        const uint32_t tag = static_cast<uint32_t>(hash);
+        const size_t mask = (size_t(1) << bits_) - 1;
+        for (size_t at = hash >> (64 - bits_);; at = (at + 1) & mask) {
+            const Entry entry = entries_[at];
+            added = entry.number == kNone;
+            if (added) {
+                entries_[at] = {tag, number};
+                if (++size_ * 2 > (int64_t(1) << bits_)) grow();
+                return number;
+            }
+            if (entry.tag == tag && known_.ids[entry.number] == id && known_.table(entry.number) == table) return entry.number;
+        }
+    }
+
+private:
+    struct Entry {
+        uint32_t tag, number;
+    };
+
+    void grow() {
+        std::vector<Entry> old(size_t(2) << bits_, Entry{0, kNone});
+        old.swap(entries_);
+        ++bits_;
+        const size_t mask = (size_t(1) << bits_) - 1;
+        for (const Entry& entry : old) {
+            if (entry.number == kNone) continue;
+            size_t at = known_.hash(entry.number) >> (64 - bits_);
+            while (entries_[at].number != kNone) at = (at + 1) & mask;
+            entries_[at] = entry;
+        }
+    }
+
+    Pairs known_;
+    int bits_ = 4;
+    int64_t size_ = 0;
+    std::vector<Entry> entries_;
+};
+
 int64_t unique_serial(const Pairs& pairs, int64_t n, int32_t* unique_tables, int64_t* unique_ids, int64_t* inverse,
                       int64_t* counts) {
-    PairMap map(n / 8);
+    PairMap map({unique_tables, unique_ids}, n / 8);
     int64_t found = 0;
     uint64_t hashes[2 * kIdsAhead];
     for (int64_t i = 0; i < n && i < kIdsAhead; ++i) map.prefetch(hashes[i] = pairs.hash(i));
     for (int64_t i = 0; i < n; ++i) {
         if (i + kIdsAhead < n) map.prefetch(hashes[(i + kIdsAhead) % (2 * kIdsAhead)] = pairs.hash(i + kIdsAhead));
+        // written before it is known to be new: the map reads it there when it grows
+        unique_ids[found] = pairs.ids[i];
+        if (unique_tables) unique_tables[found] = pairs.tables[i];
         bool added;
         const uint32_t number = map.find_or_add(hashes[i % (2 * kIdsAhead)], pairs.table(i), pairs.ids[i],
                                                 static_cast<uint32_t>(found), added);
-        if (added) {
-            unique_ids[found] = pairs.ids[i];
-            if (unique_tables) unique_tables[found] = pairs.tables[i];
-            counts[found++] = 0;
-        }
+        if (added) counts[found++] = 0;
         ++counts[number];
         inverse[i] = number;
     }
@@ -98,7 +99,7 @@ int64_t unique_parallel(const Pairs& pairs, int64_t n, int32_t* unique_tables, i
             owner[static_cast<size_t>(i)] = static_cast<uint16_t>(((pairs.hash(i) & 0xFFFFFFFFull) * static_cast<uint64_t>(parts)) >> 32);
     });
     parallel(parts, [&](int part) {
-        PairMap map(n / parts / 8);
+        PairMap map(pairs, n / parts / 8);
         std::vector<uint32_t> mine;
         mine.reserve(static_cast<size_t>(n / parts + n / 8 + 16));
         for (int64_t i = 0; i < n; ++i)
