@@ -11,7 +11,7 @@ _MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
 _CHUNK = 1 << 14  # elements: the two int64 buffers of a chunk stay in the cache of a core
 
 
-def keyed_dropout(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
+def keyed_dropout_eager(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
     """`keyed_dropout_naive` (formula and shapes there), the same mask bit for bit; keeps one byte per element."""
     row_keys = fold(token_keys, site)
     assert isinstance(row_keys, Tensor)

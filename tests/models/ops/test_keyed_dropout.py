@@ -14,12 +14,13 @@ def test_equals_naive(shape, p, monkeypatch):
     monkeypatch.setattr(eager, "_CHUNK", 100)
     x = torch.randn(shape, requires_grad=True)
     results = []
-    for function in (keyed_dropout_naive, keyed_dropout):
+    for function in (keyed_dropout_naive, keyed_dropout, eager.keyed_dropout_eager):
         out = function(x, p, KEYS[: shape[0]], 3)
         results.append((out, *torch.autograd.grad(out.sum(), x)))
-    for want, got in zip(*results, strict=True):
-        assert torch.equal(want == 0, got == 0)
-        torch.testing.assert_close(got, want)
+    for want, *others in zip(*results, strict=True):
+        for got in others:
+            assert torch.equal(want == 0, got == 0)
+            torch.testing.assert_close(got, want)
 
 
 def test_mask_belongs_to_the_token():
