@@ -228,6 +228,35 @@ def check_resume(rank: int, world_size: int, folder: Path, stage: int, dtype: st
         (path.parent / "losses.json").write_text(json.dumps(result.losses))
 
 
+def check_frozen_and_buffers(rank: int, world_size: int, folder: Path, stage: int) -> None:
+    """Parameters that are not trained, and buffers, are in a checkpoint too."""
+    recipe, layout = Recipe(), Layout(world_size, stage, 1)
+
+    def build(value: float) -> Any:
+        model = build_model(recipe)
+        model.model.position_embedding.weight.requires_grad_(False).fill_(value)
+        model.register_buffer("tally", torch.tensor([value, value]))
+        return build_engine(recipe, layout, model=model)
+
+    loader = build_steps(recipe, layout, rank)
+    engine = build(0.5)
+    train(engine, loader, 0, 1)
+    engine.save_checkpoint(folder)
+    expected = train(engine, loader, 1, 2).losses
+    engine.destroy()
+    engine = build(0.25)
+    engine.load_checkpoint(folder)
+    assert engine.module.tally.tolist() == [0.5, 0.5]
+    assert train(engine, loader, 1, 2).losses == expected
+    engine.destroy()
+
+
+def check_lost_schedule(rank: int, world_size: int) -> None:
+    """DeepSpeed replaces an Adagrad, so that a schedule of it would do nothing: refused."""
+    with pytest.raises(ValueError, match="LambdaLR would not reach"):
+        build_engine(OPTIMIZERS["adagrad"], Layout(world_size, 1), lr_scheduler=SCHEDULED["lr_scheduler"])
+
+
 def check_elastic(rank: int, world_size: int, folder: Path, stage: int) -> list[float]:
     """A checkpoint of two ranks at one stage, loaded here: differences of the next losses from those of two ranks."""
     recipe, layout = Recipe(), Layout(world_size, stage, 1)

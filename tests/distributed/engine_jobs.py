@@ -97,7 +97,7 @@ def step_at(loader: StepLoader, number: int) -> GlobalStep:
 def build_model(recipe: Recipe, **changes: Any) -> HSTUForRetrieval:
     torch.manual_seed(recipe.seed)
     config = HSTUConfig(
-        hidden_size=10,
+        hidden_size=11,  # odd: parameters that ranks do not divide
         attention_head_dim=6,
         linear_head_dim=5,
         num_attention_heads=2,

@@ -104,6 +104,9 @@ def _engine_cases(timed: Any) -> None:
     timed("raw deepspeed", cases.check_raw_deepspeed)
     for stage, dtype, optimizer in RESUMES:
         timed("resume", cases.check_resume, folder() / "resume", stage, dtype, optimizer)
+    for stage in (2, 3):
+        timed("frozen", cases.check_frozen_and_buffers, folder() / f"frozen-{stage}", stage)
+    timed("lost schedule", cases.check_lost_schedule)
     timed("damage", cases.check_damage, folder() / "damage")
     timed("failed save", cases.check_failed_save, folder() / "failed")
 

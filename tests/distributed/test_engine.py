@@ -6,17 +6,16 @@ The checks themselves are in engine_cases.py and run on the ranks; a failure the
 import engine_runs
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all ranks
 
-@pytest.mark.timeout(600)
+
 def test_cases_on_two_ranks() -> None:
     """Both or neither on overflow; bad steps raise on all ranks; evaluation is read-only; resume == never stopped."""
     seconds = engine_runs.ranks(2)["seconds"]
-    print(seconds)
     for case in ("overflow", "bad steps", "evaluation", "own loop", "raw deepspeed", "resume", "damage", "failed save"):
         assert case in seconds
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_checkpoint_loads_in_any_layout(world_size: int) -> None:
     """Law 3: a checkpoint of two ranks at stage 2 continues at other world sizes and stages with the same losses."""

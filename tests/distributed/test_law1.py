@@ -11,6 +11,7 @@ import torch
 from engine_jobs import Layout, Recipe, Result, plain_loop
 from engine_runs import ADAMW, RUNS, result_of
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all ranks
 TOLERANCE = 1e-5
 FP32 = [(r, layout) for runs in RUNS.values() for r, layout in runs if layout.dtype == "fp32"]
 BF16 = [(r, layout) for runs in RUNS.values() for r, layout in runs if layout.dtype == "bf16"]
@@ -29,7 +30,6 @@ def describe(value: object) -> str:
     return f"ranks{value.world_size}-zero{value.stage}-micro{value.micro_batches}-{value.dtype}-{value.repeat}"
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("recipe", "layout"), FP32, ids=describe)
 def test_layout_does_not_change_the_result(recipe: Recipe, layout: Layout) -> None:
     found, expected = result_of(recipe, layout), reference(recipe.dense[0])
