@@ -276,11 +276,13 @@ def test_growth_beyond_the_limit_raises_and_leaves_the_table_as_it_was() -> None
     host = HostStorage(64, INITS)
     tables, ids = pairs(1000)
     handles, _ = host.find_or_insert(tables, ids)
+    rows = host.gather(handles)
     library().grzoo_set_memory_limit(library().grzoo_mapped_bytes() + (6 << 20))
     more_tables, more_ids = pairs(200_000, seed=1)
     with pytest.raises(MemoryError, match="evict rows"):
         host.find_or_insert(more_tables, more_ids)
     assert len(host) == 1000 and torch.equal(host.find(tables, ids), handles)
+    assert torch.equal(host.gather(handles), rows)
     library().grzoo_set_memory_limit(0)
     assert host.find_or_insert(more_tables, more_ids)[1] == 200_000
 

@@ -38,15 +38,15 @@ int64_t Rows::bytes() const {
 }
 
 void Rows::add_chunk() {
-    records_.reserve(records_.size() + 1);
+    if (records_.size() == records_.capacity()) records_.reserve(2 * records_.size() + 8);
+    view_.records = records_.data();    // before mapping, which may throw: the old array is gone
     records_.push_back(static_cast<float*>(map_pages(record_bytes())));
-    view_.records = records_.data();
 }
 
 void Rows::add_meta_chunk() {
-    metas_.reserve(metas_.size() + 1);
-    metas_.push_back(static_cast<int32_t*>(map_pages(meta_bytes())));
+    if (metas_.size() == metas_.capacity()) metas_.reserve(2 * metas_.size() + 8);
     view_.metas = metas_.data();
+    metas_.push_back(static_cast<int32_t*>(map_pages(meta_bytes())));
 }
 
 void Rows::reserve(int64_t more) {

@@ -30,9 +30,9 @@ std::vector<int64_t> split_segments(const std::vector<int64_t>& offsets, int par
 }  // namespace
 
 void check_range(const int64_t* values, int64_t n, int64_t low, int64_t high, const char* what) {
-    const uint64_t width = static_cast<uint64_t>(high - low);
+    const uint64_t base = static_cast<uint64_t>(low), width = static_cast<uint64_t>(high) - base;
     uint64_t outside = 0;
-    for (int64_t i = 0; i < n; ++i) outside |= static_cast<uint64_t>(values[i] - low) >= width;
+    for (int64_t i = 0; i < n; ++i) outside |= static_cast<uint64_t>(values[i]) - base >= width;
     if (!outside) return;
     for (int64_t i = 0; i < n; ++i)
         if (values[i] < low || values[i] >= high)

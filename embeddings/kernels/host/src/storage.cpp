@@ -74,7 +74,7 @@ int64_t Storage::find_or_insert(const int32_t* tables, const int64_t* ids, int64
     return size_ - before;
 }
 
-void Storage::insert_missing(const int32_t* tables, const int64_t* ids, const std::vector<int64_t>& missing, int64_t* handles,
+void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vector<int64_t>& missing, int64_t* handles,
                              int threads) {
     const int64_t n = static_cast<int64_t>(missing.size());
     std::vector<uint64_t> hashes(missing.size());
@@ -92,7 +92,9 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, const st
         const int64_t i = missing[k];
         const uint32_t row = rows_.take(), held = index_.insert(hashes[k], tables[i], ids[i], row);
         handles[i] = held;
-        if (held != row) repeated.push_back(row);
+        if (held == row) continue;
+        repeated.push_back(row);
+        missing[k] = -1;
     }
     for (uint32_t row : repeated) rows_.give_back(row);
     size_ += n - static_cast<int64_t>(repeated.size());
@@ -100,6 +102,7 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, const st
     parallel_ranges(n, threads, kIdsPerThread / 8, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
             const int64_t i = missing[static_cast<size_t>(k)];
+            if (i < 0) continue;
             kernels().initial(laws_[static_cast<size_t>(tables[i])], ids[i], column_words_.data(), view.dim, view.record(handles[i]));
             rows_.fill_state(handles[i]);
         }

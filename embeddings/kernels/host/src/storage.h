@@ -35,7 +35,7 @@ public:
 
 private:
     void check_tables(const int32_t* tables, int64_t n) const;
-    void insert_missing(const int32_t* tables, const int64_t* ids, const std::vector<int64_t>& missing, int64_t* handles,
+    void insert_missing(const int32_t* tables, const int64_t* ids, std::vector<int64_t>& missing, int64_t* handles,
                         int threads);
     UpdateRule make_rule(int rule, const int64_t* slots, const GrzooHyper& hyper);
     void refresh_corrections(const GrzooHyper& hyper);
