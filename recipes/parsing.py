@@ -61,7 +61,8 @@ def build_config(config_class: type, settings: dict[str, Any]) -> Any:
     try:
         return config_class(**settings)
     except Exception as error:  # strict dataclasses wrap the validator's error in their own classes
-        raise UserError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
+        cause = error.__cause__ or error
+        raise UserError(f"{config_class.__name__}: {' '.join(str(cause).split())}") from error
 
 
 def find_config(name: str) -> Path:

@@ -68,8 +68,11 @@ class Runtime:
                 raise
             self.store.set(key, "+" + result)
             return result
-        self.store.wait([key], _PATIENCE)
-        answer = self.store.get(key).decode()
+        try:
+            self.store.wait([key], _PATIENCE)
+            answer = self.store.get(key).decode()
+        except (RuntimeError, OSError):  # rank 0, which holds the store, has ended
+            answer = "-"
         if answer == "-":
             sys.exit(USER_ERROR)
         return answer[1:]

@@ -11,8 +11,10 @@ from grzoo.recipes.arguments import (
     StepArguments,
     TrainingArguments,
 )
-from grzoo.recipes.parsing import build_config, find_config, parse
+from grzoo.recipes.assembly import build_model_config
+from grzoo.recipes.parsing import build_config, parse
 from grzoo.recipes.runtime import UserError
+from grzoo.recipes.settings import read_settings
 
 ALL = [CommonArguments, DataArguments, EvaluationArguments, OptimizerArguments, StepArguments, TrainingArguments]
 
@@ -92,9 +94,16 @@ def test_unknown_hyperparameter_names_near_ones():
 
 @pytest.mark.parametrize("name", ["hstu_synthetic", "hstu_ml1m", "hstu_ml100k", "hstu_beauty", "hstu_sports"])
 def test_shipped_configurations_parse(name):
-    settings, model = parse_all("--config", str(find_config(name)))
-    assert model.pop("model_type") == "hstu"
-    from grzoo.models import HSTUConfig
+    settings = read_settings(["--config", name, "--output_dir", "x"])
+    config = build_model_config(settings, has_timestamps=False)
+    assert config.model_type == "hstu"
+    assert config.max_sequence_length == settings.data.max_length
+    assert (settings.data.dataset == "synthetic") == (name == "hstu_synthetic")
 
-    build_config(HSTUConfig, model)
-    assert settings["dataset"] != "synthetic" or name == "hstu_synthetic"
+
+def test_impossible_hyperparameter_is_one_line():
+    settings = read_settings(["--config", "hstu_beauty", "--output_dir", "x", "--max_length", "100"])
+    with pytest.raises(UserError, match=r"^HSTUConfig: .*max_position_embeddings \(61\)") as error:
+        build_model_config(settings, has_timestamps=False)
+    assert "\n" not in str(error.value)
+    assert "validation error" not in str(error.value)

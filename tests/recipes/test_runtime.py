@@ -9,8 +9,8 @@ import pytest
 from grzoo.recipes.runtime import Runtime, UserError, user_errors
 
 SCRIPT = """
-import sys
-from grzoo.recipes.runtime import UserError, run, user_errors
+from datetime import timedelta
+from grzoo.recipes.runtime import UserError, connect, run, user_errors
 
 def main(runtime, argv):
     if argv[0] == "everywhere":
@@ -18,11 +18,15 @@ def main(runtime, argv):
     if argv[0] == "second" and runtime.rank == 1:
         with user_errors():
             raise FileNotFoundError("rank 1 is wrong")
+    if argv[0] == "second":
+        runtime.store.wait(["grzoo/error"], timedelta(seconds=60))  # as if in a collective
+        return
     def work():
         if argv[0] == "prepare":
             raise UserError("cannot prepare")
         return "folder"
     assert runtime.main_first("data", work) == "folder"
+    connect(runtime, use_cpu=True)
     print("done", runtime.rank)
 
 run(main)
