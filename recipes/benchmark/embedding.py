@@ -227,9 +227,9 @@ def evaluation(
         tables.eval()
         static = torch.randn(rows, dim)
         for exponent, drawn in batches.items():
-            steps: dict[str, Callable[[int], Any]] = {
-                "grzoo": lambda k, drawn=drawn: tables({"ids": drawn[k % len(drawn)]})["ids"],
-                "index_select": lambda k, drawn=drawn: static.index_select(0, drawn[k % len(drawn)]),
+            steps = {
+                "grzoo": bind(lambda ids, _: tables({"ids": ids})["ids"], drawn, static),
+                "index_select": bind(lambda ids, _: static.index_select(0, ids), drawn, static),
             }
             times = interleave(steps, options.rounds, CLOCKS[options.clock])
             case = {"case": "lookup", "zipf": exponent, "ids": options.ids, "rows": rows, "dim": dim}
@@ -255,7 +255,7 @@ def growth(total: int, options: argparse.Namespace, dim: int = 16) -> tuple[list
         if start + batch not in checkpoints:
             continue
         known = [torch.randint(0, start + batch, (batch,), generator=generator) for _ in range(9)]
-        finding = interleave({"grzoo": lambda k, known=known: storage.find(tables, known[k % 9])}, 9, clock)["grzoo"]
+        finding = interleave({"grzoo": bind(lambda i, _: storage.find(tables, i), known, tables)}, 9, clock)["grzoo"]
         overhead = storage.memory_bytes() / len(storage) - 4 * (dim + 1)
         case = {"case": "growth", "zipf": "", "ids": batch, "rows": len(storage), "dim": dim, "clock": options.clock}
         since = seconds[-(start + batch) // batch :]
