@@ -70,7 +70,10 @@ def check_overflow(rank: int, world_size: int, stage: int, dtype: str) -> None:
     model = explosive_model(recipe)
     engine = build_engine(recipe, layout, model=model, **SCHEDULED)
     loader = build_steps(recipe, layout, rank)
+    initial = [*engine.get_lr(), *sparse_rates(engine)]
     assert engine.train_batch(step_at(loader, 0)).applied
+    advanced = [rate * factor for rate, factor in zip(initial, (1 / 1.2, 0.9), strict=True)]
+    assert [*engine.get_lr(), *sparse_rates(engine)] == pytest.approx(advanced)
     for number, side in enumerate(("sparse", "dense")):
         step = step_at(loader, 1)
         engine.collection.prepare([model.embedding_ids(mb) for mb in step.micro_batches], insert=True)  # new rows now
