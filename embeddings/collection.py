@@ -194,6 +194,10 @@ class DynamicEmbeddingCollection(nn.Module):
         """Return the bytes allocated on this rank for index, rows and optimizer state."""
         return sum(table.memory_bytes() for table in self.physical)
 
+    def ids(self, table: str) -> Tensor:
+        """Return the ids int64 [n] that have a row in a table on this rank, sorted by (bucket, id)."""
+        return self._sorted_keys(table)[0]
+
     def export_rows(self, table: str) -> dict[str, Tensor]:
         """Return the rows of a table on this rank, sorted by (bucket, id).
 

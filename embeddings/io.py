@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import TableConfig
+from .files import obey_umask
 from .hashing import HASH_VERSION, NUM_BUCKETS, bucket, bucket_range
 from .kernels import STEP_SLOT, Slot
 from .shards import LocalRows, Shard, bucket_offsets, collect_shards, plan_shards
@@ -101,9 +102,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name, push it to the disk and give it its name."""
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+    obey_umask(temporary)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from grzoo.embeddings import DynamicEmbeddingCollection
+from grzoo.embeddings.files import obey_umask
 from grzoo.embeddings.io import INDEX_NAME, load_tables, read_index, save_tables, shard_files
 from huggingface_hub import HfApi
 from numpy.typing import NDArray
@@ -104,6 +105,8 @@ class GenRecPreTrainedModel(PreTrainedModel):
         if is_main_process or group is None:
             try:
                 super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+                for file in Path(save_directory).glob("model*.safetensors"):
+                    obey_umask(file)
             except Exception as failure:
                 error = failure
         _agree(error, group)

@@ -49,7 +49,7 @@ class ShardedCatalogue:
         self.world_size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         if candidate_ids is None:
-            candidate_ids = model.embeddings.export_rows(model.embeddings.features["candidate_ids"].table)["ids"]
+            candidate_ids = model.embeddings.ids(model.embeddings.features["candidate_ids"].table)
         if candidate_ids.is_floating_point() or candidate_ids.dtype == torch.bool:
             raise ValueError(f"candidate ids must be integers; got {candidate_ids.dtype}.")
         ids = candidate_ids.flatten().long().unique()

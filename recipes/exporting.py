@@ -34,7 +34,7 @@ def export(
     """
     disable_progress_bar()  # of the few files that transformers writes
     dense = DenseState(engine.deepspeed)
-    weights = {name: dense.gather(name)[f"model.{name}"] for name in dense.names()}
+    weights = {name: dense.gather(name, state=False)[f"model.{name}"] for name in dense.names()}
     model: Any = engine.module
     model.save_pretrained(folder, state_dict=weights)
     if engine.deepspeed.global_rank == 0:

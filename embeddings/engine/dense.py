@@ -52,8 +52,9 @@ class DenseState:
 
     # Whole tensors out
 
-    def gather(self, name: str) -> dict[str, Tensor]:
-        """A parameter's master weights (float32) and states, or a buffer, by checkpoint name. Collective."""
+    def gather(self, name: str, *, state: bool = True) -> dict[str, Tensor]:
+        """A parameter's master weights (float32) and, with `state`, its states, or a buffer, by checkpoint name.
+        Collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if name in self.buffers:
@@ -62,7 +63,7 @@ class DenseState:
         if not parameter.requires_grad:
             return {f"model.{name}": self._gather_frozen(parameter)}
         found = {f"model.{name}": safe_get_full_fp32_param(parameter)}
-        for key in self.state_keys():
+        for key in self.state_keys() if state else ():
             found[f"optimizer.{key}.{name}"] = safe_get_full_optimizer_state(parameter, key)
         return {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in found.items()}
 

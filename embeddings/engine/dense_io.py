@@ -1,11 +1,11 @@
 """Dense state in safetensors shards whose boundaries do not depend on the number of ranks."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grzoo.embeddings.exchange import Exchange
+from grzoo.embeddings.files import obey_umask
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -52,9 +52,7 @@ def save_dense(dense: DenseState, folder: Path, exchange: Exchange, max_bytes: i
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+    obey_umask(file)
     flush(file)
 
 

@@ -119,3 +119,11 @@ def test_failure_to_write_is_raised(trained, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((OSError, ValueError)):
         trained.save_pretrained(tmp_path / "file")
+
+
+def test_saved_files_obey_the_umask(micro_model, tmp_path):
+    micro_model().save_pretrained(tmp_path)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.glob("*.safetensors")}
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert len(modes) == 2 and set(modes.values()) == {plain.stat().st_mode & 0o777}
