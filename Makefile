@@ -12,7 +12,7 @@ PORT ?= 29517
 export PATH := $(abspath $(RUN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow lint clean-demo
+.PHONY: setup demo test test-slow sanitize lint clean-demo
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(RUN)/python -m pytest -q -m slow
+
+# Fuzzes the C++ of the tables under AddressSanitizer and ThreadSanitizer.
+sanitize: $(STAMP)
+	$(RUN)/python tests/embeddings/host_sanitizers/run.py
 
 lint: $(STAMP)
 	$(RUN)/ruff check .
