@@ -61,10 +61,13 @@ class GenRecCollator:
     windows: the policy that cuts rows into samples; the default keeps the most recent events.
 
     A micro-batch of T tokens and B users (both may be 0) holds
-        input_ids, position_ids, labels, timestamps, target_timestamps, token_keys   int64 [1, T]
-        label_mask   bool [1, T]: the label is trained           cu_seq_lens_q   int32 [B + 1]           max_length_q
-        int negative_ids int64 [1, T, N], or [N] when shared, then with negative_log_q float32 [N] and label_log_q
-        float32 [1, T] user_ids     int64 [B]: row in the split
+        input_ids, position_ids, labels, timestamps, target_timestamps, token_keys: int64 [1, T]
+        label_mask: bool [1, T], the label is trained
+        cu_seq_lens_q: int32 [B + 1]
+        max_length_q: int
+        negative_ids: int64 [1, T, N], or [N] when shared, then with
+        negative_log_q: float32 [N], and label_log_q: float32 [1, T]
+        user_ids: int64 [B], row in the split
     `labels` is the item of the next event and `target_timestamps` its time; both time fields are absent when events
     have none.
     """
@@ -156,12 +159,10 @@ class EvalCollator(GenRecCollator):
     """Micro-batches for ranking: no negatives, and what each user has already seen.
 
     Additional fields
-        seen_item_ids int64 [S], cu_seen int32 [B + 1]: all events of each user before its last label in the batch,
-        also those older
-            than `max_length`
-        label_index   int64 [1, T]: index of the label in its user's history. The label is event `label_index` of the
-        user, and
-            the first `label_index` of the user's seen items precede it (all of them when a user has one target).
+        seen_item_ids: int64 [S], cu_seen: int32 [B + 1], all events of each user before its last label in the batch,
+            also those older than `max_length`
+        label_index: int64 [1, T], index of the label in its user's history. The first `label_index` of the user's
+            seen items precede the label (all of them when a user has one target).
     """
 
     def micro_batch(self, samples: Samples, step: int, shared: SharedDraw | None = None) -> MicroBatch:

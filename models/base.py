@@ -29,11 +29,9 @@ class GenRecPreTrainedModel(PreTrainedModel):
     """Base of the zoo's models: a transformers model plus a `DynamicEmbeddingCollection`.
 
     The backbone registers the collection as its child `embedding_collection`; it holds no parameters, so
-    `state_dict()`, `.to()`, ZeRO
-    and optimizers of dense parameters do not see it, while `save_pretrained`, `from_pretrained` and `push_to_hub`
-    carry its
-    tables. The config says which tables there are (`embedding_tables()`, `embedding_features()`) and what a sample
-    costs (`flops`).
+    `state_dict()`, `.to()`, ZeRO and optimizers of dense parameters do not see it, while `save_pretrained`,
+    `from_pretrained` and `push_to_hub` carry its tables. The config says which tables there are
+    (`embedding_tables()`, `embedding_features()`) and what a sample costs (`flops`).
     """
 
     supports_gradient_checkpointing = True
