@@ -22,12 +22,22 @@ OPTIONS = frozenset(
 )
 
 
+RESERVED = frozenset({"user_id", "item_id", "timestamp", "target_from"})
+
+
 def read(config: PrepareConfig) -> EventLog:
     """The log in the file (or folder of Parquet files) `source`."""
     if config.source is None:
         raise ValueError("event_log needs --source PATH, a CSV or Parquet file of events")
     path = existing(config.source)
     table = read_table(path)
+    if not len(table):
+        raise ValueError(f"{path} is empty: it holds no events")
+    taken = sorted(RESERVED.intersection(config.feature_columns))
+    if taken:
+        raise ValueError(
+            f"feature_columns names {', '.join(taken)}, which a dataset folder uses itself: rename the column in {path}"
+        )
     times = None
     if config.timestamp_column:
         times = seconds(column(table, config.timestamp_column, path, "timestamp_column"), config.timestamp_unit, path)

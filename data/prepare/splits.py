@@ -50,7 +50,8 @@ def leave_one_out(grouped: GroupedLog, validation: str) -> Split:
     rows["test"] = SplitRows(users, lengths[users], lengths[users] - 1)
     few = int((~tested).sum())
     remarks = (f"{few} users with fewer than {held_out + 1} events are in train only",) if few else ()
-    _require(rows, "no user has enough events to hold one out: the log has one event per user")
+    reason = f"no user has the {held_out + 1} events that holding out the last {held_out} takes"
+    _require(rows, reason + ("; use validation none" if held_out > 1 else ": the log has one event per user"))
     return Split(rows, {"kind": "leave_one_out", "validation": validation}, remarks)
 
 
@@ -66,7 +67,7 @@ def temporal(grouped: GroupedLog, config: PrepareConfig) -> Split:
     ordered = np.sort(times)
     cutoff = config.cutoff
     if cutoff is None:
-        cutoff = int(ordered[round(len(ordered) * (1 - config.test_fraction))])
+        cutoff = int(ordered[min(round(len(ordered) * (1 - config.test_fraction)), len(ordered) - 1)])
     after = len(ordered) - int(np.searchsorted(ordered, cutoff))
     if not 0 < after < len(ordered):
         raise ValueError(

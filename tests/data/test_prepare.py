@@ -169,6 +169,19 @@ def test_one_event_per_user_has_nothing_to_hold_out(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_two_events_per_user_are_too_few_for_validation_and_test(tmp_path: Path) -> None:
+    log = log_of([(0, 1, 1), (0, 2, 2), (1, 1, 1), (1, 2, 2)])
+    with pytest.raises(ValueError, match="no user has the 3 events .*; use validation none"):
+        prepare_log(log, config(tmp_path / "out", validation="last"))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_temporal_split_of_a_few_events_tests_the_last(size: int) -> None:
+    split = split_log(group(log_of([(0, item, item) for item in range(size)])), config(split="temporal"))
+    assert split.arguments["cutoff"] == size - 1
+    assert split.rows["test"].target_from.tolist() == [size - 1]
+
+
 def test_a_user_with_one_event_is_in_train_only(tmp_path: Path) -> None:
     report = prepare_log(log_of([(0, 1, 1), (1, 1, 1), (1, 2, 2)]), config(tmp_path / "out"))
     assert "1 users with fewer than 2 events are in train only" in report.lines()

@@ -227,6 +227,7 @@ BAD_FILES = [
     ("amazon-beauty", "reviews_Beauty_5.json", '{"asin": "B"}\n{"asin": \n', "malformed.*row 1"),
     ("event_log", "log.csv", "user_id,thing\n1,2\n", "no column 'item_id'; it has user_id, thing; set item_column"),
     ("event_log", "log.csv", "user_id,item_id\n1,\n", "event 1 has no item id"),
+    ("event_log", "log.csv", "user_id,item_id\n", "log.csv is empty: it holds no events"),
     ("event_log", "log.csv", "user_id,item_id,price\n1.5,2,3\n", "user ids are of type double"),
 ]
 
@@ -329,3 +330,12 @@ def test_a_download_without_checksum_says_so(server: Path, tmp_path: Path) -> No
 def test_an_unreachable_download_names_the_remedy(server: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be downloaded .*pass --source PATH"):
         prepare("amazon-beauty", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["item_id", "user_id", "timestamp", "target_from"])
+def test_a_feature_may_not_take_the_place_of_a_column_of_the_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "log.csv").write_text(f"u,i,{name}\n1,2,3\n1,4,5\n")
+    options: dict[str, Any] = {"user_column": "u", "item_column": "i", "feature_columns": [name]}
+    with pytest.raises(ValueError, match=f"feature_columns names {name}"):
+        prepare("event_log", tmp_path / "out", tmp_path / "log.csv", **options)
+    assert not (tmp_path / "out").exists()
