@@ -44,6 +44,8 @@ def resolve(path: str | None, step: StepArguments, optimizer: OptimizerArguments
 
 def _require_optimizer(config: dict[str, Any], optimizer: OptimizerArguments) -> None:
     block = config.setdefault("optimizer", {"type": "AdamW"})
+    if not isinstance(block, dict):
+        raise UserError(f"optimizer is {block!r} in the DeepSpeed JSON: it must be an object")
     kind = block.get("type", "AdamW")
     if kind != "AdamW":
         raise UserError(f"optimizer.type is {kind!r} in the DeepSpeed JSON; the recipes use 'AdamW'")

@@ -178,7 +178,8 @@ def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
     """Optimizer steps of the run: `max_steps` when positive, else `num_train_epochs` rounded up to a step."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    return math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    # Rounded first: 1.1 epochs of 10 steps are 11.000000000000002 in floating point.
+    return math.ceil(round(arguments.num_train_epochs * steps_per_epoch, 6))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -49,6 +49,7 @@ def test_equal_values_are_accepted(resolved):
         ({"gradient_accumulation_steps": 4}, {}, ["gradient_accumulation_steps is 4", "--micro_batches"]),
         ({"train_micro_batch_size_per_gpu": 4}, {}, ["micro_batch_size_per_gpu is 4", "--max_tokens_per_device"]),
         ({"optimizer": {"type": "Lamb"}}, {}, ["'Lamb'", "'AdamW'"]),
+        ({"optimizer": "AdamW"}, {}, ["optimizer is 'AdamW'", "object"]),
         ({"optimizer": {"params": {"lr": 3.0}}}, {}, ["optimizer.params.lr is 3.0", "--learning_rate"]),
         ({"scheduler": {"type": "WarmupLR"}}, {}, ["'scheduler'", "--lr_scheduler_type"]),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, {}, ["reduce_bucket_size", '"auto"']),
