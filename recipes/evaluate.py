@@ -44,7 +44,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         model = load_model(Path(arguments.model), group).to(device)
         length = model.config.max_sequence_length
         evaluator = Evaluator(data.folder, arguments.split, data.catalogue, evaluation, runtime, max_length=length)
-    metrics, baseline = evaluator(model), evaluator.popularity()
+        metrics, baseline = evaluator(model), evaluator.popularity()
     filtered = "left out" if evaluation.exclude_seen else "kept in"
     runtime.say(f"{arguments.split} split of {data.schema.name}, full ranking, seen items {filtered}")
     runtime.say(metrics_table(metrics, baseline))

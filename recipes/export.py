@@ -33,8 +33,8 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         raise UserError(f"{checkpoint} is no complete checkpoint: give a checkpoint-N folder of a training run")
     with user_errors():
         dataset = Path(arguments.dataset_dir or checkpoint_state(checkpoint)["dataset_dir"])
-        processor = GenRecProcessor.from_dataset(dataset)
         model = load_model(checkpoint)
+        processor = GenRecProcessor.from_dataset(dataset, max_length=model.config.max_sequence_length)
         processor.save_pretrained(folder)
         if arguments.push_to_hub:
             model.save_pretrained(folder, push_to_hub=True, repo_id=arguments.push_to_hub)

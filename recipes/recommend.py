@@ -63,12 +63,30 @@ def _recommend(
         found = recommend_to_row(model, Path(arguments.dataset_dir), row=arguments.user, top_k=arguments.top_k)
         return found, None
     if arguments.expect is not None:
-        expected = json.loads(Path(arguments.expect).read_text())
+        expected = _expected(Path(arguments.expect))
         wanted = {key: expected[key] for key in ("history", "timestamps", "request_timestamp")}
         return recommend(model, processor, **wanted, top_k=len(expected["recommendations"])), expected
     history = [_item(text, processor) for text in (arguments.history or "").split(",") if text.strip()]
-    times = None if arguments.timestamps is None else [int(text) for text in arguments.timestamps.split(",")]
+    times = None if arguments.timestamps is None else _seconds(arguments.timestamps)
     return recommend(model, processor, history, timestamps=times, top_k=arguments.top_k), None
+
+
+def _seconds(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--timestamps takes whole seconds separated by commas, got {text!r}") from None
+
+
+def _expected(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): give a recommendations.json") from error
+    keys = {"history", "timestamps", "request_timestamp", "recommendations"}
+    if not isinstance(found, dict) or not keys <= set(found):
+        raise UserError(f"{path} is no recommendations.json of a training run: it lacks some of {sorted(keys)}")
+    return found
 
 
 def _item(text: str, processor: GenRecProcessor) -> Any:

@@ -135,6 +135,9 @@ def test_recommendations_for_a_history_and_for_a_user(inside, capsys):
         (["--history", "x,y"], "'x' is not an integer"),
         (["--history", "987654321"], "987654321"),
         (["--history", ","], "empty"),
+        (["--history", "1", "--timestamps", "soon"], "whole seconds"),
+        (["--expect", "missing.json"], "missing.json"),
+        (["--expect", "out/export/config.json"], "is no recommendations.json"),
         (["--user", "3"], "--dataset_dir"),
         (["--user", "999", "--dataset_dir", "data"], "rows 0 to"),
         ([], "--history"),
@@ -156,6 +159,9 @@ def test_checkpoint_evaluates_and_exports_like_the_run(inside):
         assert value == pytest.approx(final[f"test/popularity/{name}"], abs=1e-5)
     run_here(export, "--checkpoint", "out/checkpoint-7", "--output_dir", "again")
     run_here(recommend, "--model", "again", "--expect", "out/recommendations.json")
+    assert (inside / "again/preprocessor_config.json").read_text() == (
+        inside / "out/export/preprocessor_config.json"
+    ).read_text()
 
 
 def test_evaluation_equals_brute_force(inside):
