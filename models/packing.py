@@ -1,8 +1,7 @@
 """Packed (jagged) micro-batches and the padded form of them.
 
-Inside the models T tokens of B sequences lie one behind the other; `cu_seq_lens` [B + 1] says where each sequence
-starts.
-A padded batch `[B, L]` with an `attention_mask` is packed at the door and unpacked on the way out. No id marks padding.
+Inside the models T tokens of B sequences lie one behind the other; `cu_seq_lens` [B + 1] says where each starts. A
+padded batch `[B, L]` with an `attention_mask` is packed at the door and unpacked on the way out. No id marks padding.
 """
 
 from collections.abc import Mapping
@@ -77,8 +76,8 @@ def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         batch: `input_ids` int64 [B, L] and `attention_mask` [B, L] (non-zero = token; without it all are tokens;
-            left, right
-            and scattered padding are alike), and any of `TOKEN_FIELDS` [B, L], `negative_ids` [B, L, N] or [N].
+            left, right and scattered padding are alike), and any of `TOKEN_FIELDS` [B, L], `negative_ids` [B, L, N]
+            or [N].
 
     Returns:
         `input_ids` int64 [1, T], `position_ids` (from 0 in each sequence unless given), `cu_seq_lens_q` int32 [B + 1],

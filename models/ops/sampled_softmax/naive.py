@@ -49,8 +49,7 @@ def sampled_softmax_loss_naive(
         accidental: bool [T, N], where the negative is the positive.
         temperature: positive.
         positive_log_q: float32 [T] and negative_log_q: float32 [N]: logarithm of the probability with which an item
-            is drawn
-            as a shared negative. The expected count of N draws is N q; the log N cancels between positive and
+            is drawn as a shared negative. The expected count of N draws is N q; the log N cancels between positive and
             negatives.
 
     Returns:
