@@ -18,7 +18,6 @@ class CommonArguments:
     """What every recipe that runs on ranks takes."""
 
     config: str | None = option(None, "YAML file of settings, or a built-in one by name; the command line wins.")
-    seed: int = option(42, "The seed of everything random.")
     use_cpu: bool = option(False, "Compute on the CPU although there is a GPU.")
     local_rank: int = option(-1, "Given by launchers that do not set LOCAL_RANK.")
 
@@ -92,6 +91,7 @@ class StepArguments:
 class TrainingArguments:
     """How long, what is kept, what is written."""
 
+    seed: int = option(42, "The seed of everything random.")
     output_dir: str | None = option(None, "Where metrics, checkpoints, the report and the export go.")
     num_train_epochs: float = option(3.0, "Passes over the training users.")
     max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.")
@@ -102,7 +102,9 @@ class TrainingArguments:
     save_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When to write checkpoint-N.")
     save_steps: int = option(1000, "Steps between two checkpoints, for save_strategy=steps.")
     save_total_limit: int = option(2, "Checkpoints that are kept; the oldest is deleted first.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'last' for the newest in output_dir.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder, or 'last' (or 'true') for the newest in output_dir."
+    )
     report_to: Literal["none", "tensorboard"] = option("none", "A tracker beside metrics.jsonl.")
     deepspeed_config: str | None = option(None, "DeepSpeed JSON; default: ZeRO stage 1.")
     disable_tqdm: bool = option(False, "No progress bar.")

@@ -54,7 +54,7 @@ def build_model_config(settings: Settings, *, has_timestamps: bool) -> PreTraine
         "max_position_embeddings": max_length + PADDED_POSITIONS,
         "negative_sampling": settings.step.negative_sampling,
         "num_negatives": settings.step.num_negatives,
-        "embedding_seed": settings.common.seed,
+        "embedding_seed": settings.training.seed,
         "use_time_bias": has_timestamps,
     }
     if options.get("use_time_bias") and not has_timestamps:
@@ -65,7 +65,7 @@ def build_model_config(settings: Settings, *, has_timestamps: bool) -> PreTraine
 
 def build_model(settings: Settings, config: PreTrainedConfig) -> Any:
     """A new model, equal on all ranks."""
-    torch.manual_seed(settings.common.seed)
+    torch.manual_seed(settings.training.seed)
     with user_errors():
         return AutoModelForRetrieval.from_config(config, embedding_backend=settings.step.backend)
 
@@ -81,9 +81,9 @@ def build_loader(settings: Settings, data: LoadedData, config: Any, runtime: Run
         draw = catalogue.uniform_negatives if step.negative_sampling == "uniform" else catalogue.shared_negatives
         negatives = draw(step.num_negatives)
         collator = GenRecCollator(
-            data.train, max_length=settings.data.max_length, seed=settings.common.seed, negatives=negatives
+            data.train, max_length=settings.data.max_length, seed=settings.training.seed, negatives=negatives
         )
-        sampler = GlobalBatchSampler(len(data.train), step.global_batch_size, seed=settings.common.seed)
+        sampler = GlobalBatchSampler(len(data.train), step.global_batch_size, seed=settings.training.seed)
         return StepLoader(
             data.train,
             sampler,

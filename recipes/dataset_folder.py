@@ -49,6 +49,7 @@ def find_or_prepare(arguments: DataArguments, options: dict[str, Any], runtime: 
         folder = Path(arguments.dataset_dir) if arguments.dataset_dir else _cache_folder(arguments, options)
         if (folder / "schema.json").is_file():
             print(f"data     {folder} (prepared before)", flush=True)
+            _warn_of_other_settings(arguments, options, DatasetSchema.load(folder))
             return str(folder)
         with user_errors():
             report = prepare(arguments.dataset, folder, source=_source(arguments), **options)
@@ -88,6 +89,17 @@ def _source(arguments: DataArguments) -> str | None:
     root = Path(os.environ["GRZOO_DATA"])
     folders = [root / name for name in (arguments.dataset, _OTHER_NAMES.get(arguments.dataset, arguments.dataset))]
     return next((str(folder) for folder in folders if folder.exists()), None)
+
+
+def _warn_of_other_settings(arguments: DataArguments, options: dict[str, Any], schema: DatasetSchema) -> None:
+    """Says which settings a folder that was prepared before does not follow."""
+    asked = dict(options)
+    if arguments.dataset != DataArguments.dataset:
+        asked["dataset"] = arguments.dataset
+    found = {"dataset": schema.name, **schema.split}
+    for name, value in asked.items():
+        if name in found and found[name] != value:
+            print(f"warning  {name}={value} has no effect: the folder was prepared with {found[name]}", flush=True)
 
 
 def _cache_folder(arguments: DataArguments, options: dict[str, Any]) -> Path:

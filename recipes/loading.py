@@ -48,7 +48,7 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint was written by another program.
     """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())["client_state"]
+    state: dict[str, Any] = json.loads((path / "state.json").read_text()).get("client_state", {})
     if "model_config" not in state:
         raise UserError(f"{path} was not written by recipes/train.py: it does not say which model it holds")
     return state

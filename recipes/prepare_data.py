@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from grzoo.data.prepare import PrepareConfig, prepare
+from pyarrow import ArrowException
 from transformers import HfArgumentParser
 
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started = time.perf_counter()
         config = parse(sys.argv[1:] if arguments is None else arguments)
         report = prepare(**asdict(config))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArrowException) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

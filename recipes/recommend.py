@@ -38,6 +38,10 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         raise UserError("give --model, an export folder")
     if sum(given is not None for given in (arguments.history, arguments.user, arguments.expect)) != 1:
         raise UserError("give one of --history, --user (with --dataset_dir) and --expect")
+    if arguments.timestamps is not None and arguments.history is None:
+        raise UserError("--timestamps goes with --history: --user and --expect bring their own")
+    if arguments.dataset_dir is not None and arguments.user is None:
+        raise UserError("--dataset_dir goes with --user: --history and --expect need none")
     if not (Path(arguments.model) / "config.json").is_file():
         raise UserError(f"{arguments.model} holds no model: give the export folder of a training run")
     disable_progress_bar()

@@ -1,5 +1,6 @@
 """Recommendations for one history, with names, as JSON values and as a printed table."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ def recommend(
     if not history:
         raise UserError("the history is empty: give at least one item")
     times: dict[str, Any] = {}
-    if getattr(model.config, "use_time_bias", False):
+    if not getattr(model.config, "use_time_bias", False):
+        if timestamps:
+            warnings.warn("timestamps have no effect on this model: it has no time bias", stacklevel=2)
+    else:
+        if not timestamps:
+            warnings.warn("no timestamps given: the model takes all events as simultaneous", stacklevel=2)
         times["timestamps"] = [timestamps or [0] * len(history)]
         if timestamps and request_timestamp is not None:
             times["request_timestamps"] = [request_timestamp]

@@ -34,7 +34,7 @@ def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int
         f"{step.negative_sampling} negatives, {total_steps:,} steps",
         "optimizers": f"dense adamw lr {optimizer.learning_rate:g}, tables {optimizer.sparse_optimizer} lr "
         f"{optimizer.table_learning_rate:g}, schedule {optimizer.lr_scheduler_type}, "
-        f"clipping {optimizer.max_grad_norm or 'off'}, seed {settings.common.seed}",
+        f"clipping {optimizer.max_grad_norm or 'off'}, seed {settings.training.seed}",
     }
 
 

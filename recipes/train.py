@@ -138,7 +138,7 @@ def _checkpoint_to_resume(settings: Settings) -> Path | None:
     wanted = settings.training.resume_from_checkpoint
     if wanted is None:
         return None
-    if wanted == "last":
+    if wanted in ("last", "true", "True"):
         output_dir = Path(settings.training.output_dir or "")
         return output_dir if checkpoints(output_dir) else None
     path = Path(wanted)

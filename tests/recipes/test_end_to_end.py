@@ -15,7 +15,8 @@ import pytest
 import torch
 from grzoo.data import Catalogue, EventDataset
 from grzoo.models import AutoModelForRetrieval
-from grzoo.recipes.arguments import EvaluationArguments
+from grzoo.recipes.arguments import DataArguments, EvaluationArguments
+from grzoo.recipes.dataset_folder import find_or_prepare
 from grzoo.recipes.evaluate import main as evaluate
 from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.export import main as export
@@ -136,6 +137,8 @@ def test_recommendations_for_a_history_and_for_a_user(inside, capsys):
         (["--history", "987654321"], "987654321"),
         (["--history", ","], "empty"),
         (["--history", "1", "--timestamps", "soon"], "whole seconds"),
+        (["--user", "0", "--dataset_dir", "data", "--timestamps", "1"], "--timestamps goes with --history"),
+        (["--history", "1", "--dataset_dir", "data"], "--dataset_dir goes with --user"),
         (["--expect", "missing.json"], "missing.json"),
         (["--expect", "out/export/config.json"], "is no recommendations.json"),
         (["--user", "3"], "--dataset_dir"),
@@ -146,6 +149,17 @@ def test_recommendations_for_a_history_and_for_a_user(inside, capsys):
 def test_recommendation_mistakes_are_named(inside, arguments, part):
     with pytest.raises(UserError, match=part):
         run_here(recommend, "--model", "out/export", *arguments)
+
+
+def test_settings_without_effect_are_told(inside, capsys):
+    history = json.loads((inside / "out/recommendations.json").read_text())["history"]
+    with pytest.warns(UserWarning, match="simultaneous"):
+        run_here(recommend, "--model", "out/export", "--history", ",".join(map(str, history)))
+    arguments = DataArguments(dataset="ml-1m", dataset_dir=str(inside / "data"))
+    find_or_prepare(arguments, {"validation": "none"}, Runtime(0, 0, 1, 1))
+    told = capsys.readouterr().out
+    assert "dataset=ml-1m has no effect: the folder was prepared with synthetic" in told
+    assert "validation=none has no effect: the folder was prepared with last" in told
 
 
 def test_checkpoint_evaluates_and_exports_like_the_run(inside):

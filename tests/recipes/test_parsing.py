@@ -101,8 +101,15 @@ def test_shipped_configurations_parse(name):
     assert (settings.data.dataset == "synthetic") == (name == "hstu_synthetic")
 
 
-def test_impossible_hyperparameter_is_one_line():
+def test_a_longer_history_needs_no_other_setting():
     settings = read_settings(["--config", "hstu_beauty", "--output_dir", "x", "--max_length", "100"])
+    assert build_model_config(settings, has_timestamps=False).max_position_embeddings == 111
+
+
+def test_impossible_hyperparameter_is_one_line():
+    settings = read_settings(
+        ["--config", "hstu_beauty", "--output_dir", "x", "--max_length", "100", "--model.max_position_embeddings", "61"]
+    )
     with pytest.raises(UserError, match=r"^HSTUConfig: .*max_position_embeddings \(61\)") as error:
         build_model_config(settings, has_timestamps=False)
     assert "\n" not in str(error.value)

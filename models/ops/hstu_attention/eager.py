@@ -1,8 +1,8 @@
 """HSTU attention without a kernel: groups of sequences of nearly equal length, blocks of rows, recomputing backward.
 
 Work and memory: a block holds b x rows x columns scores with columns only up to its last row, so that neither padding
-to
-the longest sequence nor the masked half costs much; what the backward pass keeps is the packed inputs, linear in tokens.
+to the longest sequence nor the masked half costs much; what the backward pass keeps is the packed inputs, linear in
+tokens.
 """
 
 from typing import Any
