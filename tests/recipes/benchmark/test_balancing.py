@@ -52,15 +52,15 @@ def test_transformers_plan_is_what_its_iterator_yields() -> None:
 
 
 def test_figures_of_a_step_by_hand() -> None:
-    # Micro-batch 0: ranks hold 3 + 1 and 2; micro-batch 1: 5 and nothing.
+    # Micro-batch 0: ranks hold 3 + 1 and 2; micro-batch 1: nothing and 5.
     lengths = np.array([3, 1, 2, 5])
-    plan = MicroBatchPlan(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), 2)
+    plan = MicroBatchPlan(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), 2)
     record = Record()
     record.add(lambda tokens: np.asarray(tokens, dtype=np.float64) ** 2, lengths, plan, 2)
     assert record.slowest == [9 + 1 + 25]
     assert record.padded_slowest == [2 * 9 + 25]
     assert (record.tokens, record.padded_tokens) == ([11], [6 + 2 + 5])
-    assert np.allclose(record.rank_costs[0], np.array([35, 4]) * 2 / 39)
+    assert np.allclose(record.rank_costs[0], np.array([10, 29]) * 2 / 39)
 
 
 def test_bound_holds_and_is_met_by_one_giant() -> None:
