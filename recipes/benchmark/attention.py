@@ -13,8 +13,8 @@ Contestants, interleaved round by round, with the same sequences and the same th
 The baselines start from tensors that are padded already. `speedup_vs_padded` (lengths of ml-1m, at most 200) and
 `speedup_vs_padded_zipf` (at most 2,048) divide the lesser median of padded_eager and padded_sdpa by that of host.
 `memory_vs_padded` divides the peak of host, above what the inputs take, by the lesser peak of these two: the larger
-ratio of both workloads. Lengths: from $GRZOO_DATA (a file of `user item` lines) where it is set, else drawn to the
-percentiles of ml-1m.
+ratio of both workloads. Lengths: from $GRZOO_DATA/ml-1m/ml-1m.txt (`user item` lines) where it is, else drawn to
+the percentiles of ml-1m.
 """
 
 import argparse
@@ -190,9 +190,10 @@ def _leaves(*tensors: Tensor) -> list[Tensor]:
 def ml1m_lengths(batch: int, longest: int) -> tuple[list[int], str]:
     """Lengths of `batch` users as inputs (one event less than the history), cut to the last `longest`."""
     generator = np.random.default_rng(0)
-    if path := os.environ.get("GRZOO_DATA"):
+    path = Path(os.environ.get("GRZOO_DATA", "")) / "ml-1m" / "ml-1m.txt"
+    if path.is_file():
         counts = np.bincount(np.loadtxt(path, dtype=np.int64, usecols=0))
-        events, source = counts[counts > 1], Path(path).name
+        events, source = counts[counts > 1], path.name
     else:
         # Log-normal through the percentiles of ml-1m: 96 at 50 %, 400 at 90 %, 906 at 99 %.
         events, source = np.exp(np.log(96) + 1.05 * generator.standard_normal(6040)).astype(np.int64) + 2, "synthetic"
