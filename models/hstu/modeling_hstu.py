@@ -443,8 +443,11 @@ class HSTUForRetrieval(HSTUPreTrainedModel):
             exclude_seen: leave out the items of the history, all of it.
 
         Raises:
-            ValueError: when there are fewer than `top_k` candidates, and as `encode`.
+            ValueError: when there are fewer than `top_k` candidates, for a field of the history that is not known,
+                and as `encode`.
         """
+        if unknown := sorted(set(history) - _HISTORY_FIELDS):
+            raise ValueError(f"recommend() does not take {unknown}; a history has {sorted(_HISTORY_FIELDS)}.")
         if not isinstance(candidates, ShardedCatalogue):
             candidates = ShardedCatalogue(self, candidates, self.embeddings.process_group)
         queries = self.encode(input_ids, attention_mask, **history)
@@ -461,6 +464,15 @@ class HSTUForRetrieval(HSTUPreTrainedModel):
         return RetrievalOutput(*candidates.top_k(queries, top_k, seen))
 
 
+_HISTORY_FIELDS = {
+    "position_ids",
+    "cu_seq_lens_q",
+    "max_length_q",
+    "timestamps",
+    "target_timestamps",
+    "request_timestamps",
+    "embeddings",
+}
 _MODEL_FIELDS = ("input_ids", "position_ids", "cu_seq_lens_q", "timestamps", "target_timestamps", "token_keys")
 
 __all__ = ["HSTUForRetrieval", "HSTULayer", "HSTUModel", "HSTUPreTrainedModel"]

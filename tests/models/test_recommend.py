@@ -93,3 +93,10 @@ def test_impossible_requests(model):
     with pytest.raises(ValueError, match="number of candidates, 30; got 31"):
         model.recommend(HISTORY, MASK, timestamps=TIMES, top_k=31)
     assert model.training
+
+
+def test_a_misspelt_field_is_refused(micro_model):
+    """`request_timestamp` for `request_timestamps` would otherwise give other recommendations without a word."""
+    ids = torch.tensor([[3, 1, 2]])
+    with pytest.raises(ValueError, match=r"does not take \['request_timestamp'\]"):
+        micro_model().recommend(ids, timestamps=ids * 100, request_timestamp=torch.tensor([400]), top_k=1)
