@@ -2,6 +2,7 @@
 
 from .collection import DynamicEmbeddingCollection
 from .config import FeatureConfig, TableConfig
+from .jagged import Jagged
 from .optimizers import (
     SparseAdagrad,
     SparseAdam,
@@ -10,11 +11,13 @@ from .optimizers import (
     SparseRowwiseAdagrad,
     SparseSGD,
 )
+from .schema import features_from_schema
 from .step import MicroBatchEmbeddings, Step
 
 __all__ = [
     "DynamicEmbeddingCollection",
     "FeatureConfig",
+    "Jagged",
     "MicroBatchEmbeddings",
     "SparseAdagrad",
     "SparseAdam",
@@ -24,4 +27,5 @@ __all__ = [
     "SparseSGD",
     "Step",
     "TableConfig",
+    "features_from_schema",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import FeatureConfig, TableConfig
 from .exchange import Exchange
 from .hashing import owner
+from .jagged import FeatureInput
 from .kernels import Slot
 from .keyed import mix64, string_key
 from .prepare import MicroBatches, prepare_step
@@ -95,8 +96,8 @@ class DynamicEmbeddingCollection(nn.Module):
         """Exchange the ids of all micro-batches of an optimizer step and find their rows. Collective.
 
         Args:
-            micro_batches: feature -> ids int64 of any shape, possibly of no element, for each micro-batch. Ranks may
-                differ in features, shapes and number of micro-batches.
+            micro_batches: feature -> ids int64 of any shape, possibly of no element, or `Jagged`, for each micro-batch.
+                Ranks may differ in features, shapes and number of micro-batches.
             insert: insert ids that have no row; by default in training mode only.
 
         Returns:
@@ -109,15 +110,15 @@ class DynamicEmbeddingCollection(nn.Module):
             self._check_agreement()
         return prepare_step(self, micro_batches, insert=self.training if insert is None else insert)
 
-    def forward(self, ids: Mapping[str, Tensor], *, insert: bool | None = None) -> MicroBatchEmbeddings:
+    def forward(self, ids: Mapping[str, FeatureInput], *, insert: bool | None = None) -> MicroBatchEmbeddings:
         """Look up one micro-batch: `prepare([ids], insert=insert).fetch()[0]`. Collective.
 
         Args:
-            ids: feature -> int64 of any shape.
+            ids: feature -> int64 of any shape, or `Jagged`.
             insert: see `prepare`.
 
         Returns:
-            feature -> float32 [*ids.shape, dim].
+            feature -> float32 [*ids.shape, dim], or pooled: see MicroBatchEmbeddings.
 
         Raises:
             ValueError: bad input; or training with gradients and no sparse optimizer (tables would stay untrained).

@@ -8,6 +8,7 @@ from typing import Any, Self
 from .policies import check_initializer
 
 UNKNOWN_POLICIES = ("zeros", "initial")
+POOLINGS = ("none", "sum", "mean")
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -78,11 +79,23 @@ class TableConfig(_JsonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig(_JsonConfig):
-    """A feature (a named tensor of ids in a batch) and the table it looks its ids up in. Features may share a table."""
+    """A feature (named ids in a batch) and the table it looks its ids up in. Features may share a table.
+
+    Args:
+        name: its key in batches.
+        table: the table.
+        pooling: "none": a row per id. "sum" or "mean": a row per bag of ids; a bag is the last dimension of dense ids,
+            or a bag of a `Jagged`. An empty bag gives zeros; the mean is over all ids of a bag, known or not.
+
+    Raises ValueError for values out of range.
+    """
 
     name: str
     table: str
+    pooling: str = "none"
 
     def __post_init__(self) -> None:
         _check_name("feature name", self.name)
         _check_name(f"table of feature {self.name!r}", self.table)
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling of feature {self.name!r} must be one of {POOLINGS}, got {self.pooling!r}")

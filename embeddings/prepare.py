@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .hashing import owner
+from .jagged import Bags, FeatureInput, bags_of, check_input, ids_of
 from .kernels import Unique
 from .step import Step, TableShare
 from .table import PhysicalTable
@@ -15,7 +16,7 @@ from .table import PhysicalTable
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
 
-MicroBatches = Sequence[Mapping[str, Tensor]]
+MicroBatches = Sequence[Mapping[str, FeatureInput]]
 
 
 @dataclass
@@ -33,8 +34,10 @@ def prepare_step(collection: "DynamicEmbeddingCollection", micro_batches: MicroB
     before = exchange.bytes_sent
     problem: Exception | None = None
     requests: list[_Request] = []
+    bags: dict[tuple[int, str], Bags] = {}
     try:
         check_ids(collection, micro_batches)
+        bags = _bags(collection, micro_batches)
         requests = [_request(collection, table, micro_batches) for table in collection.physical]
     except Exception as error:
         problem = error
@@ -68,14 +71,14 @@ def prepare_step(collection: "DynamicEmbeddingCollection", micro_batches: MicroB
         "inserted": sum(inserted for *_, inserted in found),
         "bytes_sent": exchange.bytes_sent - before,
     }
-    device = next((t.device for batch in micro_batches for t in batch.values()), torch.device("cpu"))
+    device = next((ids_of(t).device for batch in micro_batches for t in batch.values()), torch.device("cpu"))
     return Step(
-        collection, shares, sent, received, len(micro_batches), collection.next_serial(), device, statistics
+        collection, shares, sent, received, len(micro_batches), collection.next_serial(), device, bags, statistics
     )  # fmt: skip
 
 
 def check_ids(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches) -> None:
-    """Raise ValueError for a micro-batch that is not {known feature: int64 tensor}, all on one device."""
+    """Raise ValueError for a micro-batch that is not {known feature: int64 tensor or Jagged}, all on one device."""
     if isinstance(micro_batches, Mapping) or not isinstance(micro_batches, Sequence):
         raise ValueError("micro_batches must be a list of mappings feature -> ids; for one micro-batch pass [batch]")
     devices = set()
@@ -85,20 +88,25 @@ def check_ids(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatc
         for name, ids in batch.items():
             if name not in collection.features:
                 raise ValueError(f"unknown feature {name!r} in micro-batch {k}: have {sorted(collection.features)}")
-            if not isinstance(ids, Tensor):
-                raise ValueError(f"ids of feature {name!r} must be an int64 tensor, got {type(ids).__name__}")
-            if ids.dtype != torch.int64:
-                raise ValueError(f"ids of feature {name!r} must be int64, got {ids.dtype}: convert with .long()")
-            devices.add(ids.device)
+            devices.add(check_input(collection.features[name], ids))
     if len(devices) > 1:
         raise ValueError(f"ids of one step must be on one device, got {sorted(map(str, devices))}")
 
 
+def _bags(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches) -> dict[tuple[int, str], Bags]:
+    found = {
+        (k, name): bags_of(collection.features[name], given)
+        for k, batch in enumerate(micro_batches)
+        for name, given in batch.items()
+    }
+    return {use: bags for use, bags in found.items() if bags is not None}
+
+
 def _request(collection: "DynamicEmbeddingCollection", table: PhysicalTable, micro_batches: MicroBatches) -> _Request:
     uses = [  # (micro-batch, feature, logical table, ids)
-        ((k, name), collection.placement[collection.features[name].table][1], ids)
+        ((k, name), collection.placement[collection.features[name].table][1], ids_of(given))
         for k, batch in enumerate(micro_batches)
-        for name, ids in batch.items()
+        for name, given in batch.items()
         if collection.physical[collection.placement[collection.features[name].table][0]] is table
     ]
     flat = [ids.detach().reshape(-1).cpu() for _, _, ids in uses]

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .jagged import Bags
 from .lookup import TakeRows, TapLeaf
+from .pooling import pool
 from .table import PhysicalTable
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Step:
     num_micro_batches: int
     serial: int  # counts the steps of a collection; the same on all ranks
     device: torch.device  # of the ids: where the leaves go
+    bags: dict[tuple[int, str], Bags]  # (micro-batch, feature) of features that pool
     statistics: dict[str, int]
     touched: set[str] = field(default_factory=set)  # logical tables that a backward pass reached since the last reduce
 
@@ -103,7 +106,11 @@ class Step:
 
 
 class MicroBatchEmbeddings(Mapping[str, Tensor]):
-    """Feature -> embeddings float32 [*ids.shape, dim] of one micro-batch, differentiable to the leaf of its step."""
+    """Feature -> embeddings of one micro-batch, differentiable to the leaf of its step.
+
+    float32 [*ids.shape, dim] of a feature without pooling (jagged ids: [n, dim]), [*ids.shape[:-1], dim] of one that
+    pools dense ids, [bags, dim] of one that pools jagged ids.
+    """
 
     def __init__(self, step: Step, micro_batch: int) -> None:
         self._step = step
@@ -120,13 +127,17 @@ class MicroBatchEmbeddings(Mapping[str, Tensor]):
     def __getitem__(self, feature: str) -> Tensor:
         share, leaf, index = self._use(feature)
         table = self._step.collection.features[feature].table
-        rows: Tensor = TakeRows.apply(leaf, index, share.table.backend, lambda: self._step.note_backward(table))
+        note = lambda: self._step.note_backward(table)  # noqa: E731
+        if (bags := self._step.bags.get((self._micro_batch, feature))) is not None:
+            return pool(leaf, index, bags, share.table.backend, note)
+        rows: Tensor = TakeRows.apply(leaf, index, share.table.backend, note)
         return rows
 
     def rows(self, feature: str) -> tuple[Tensor, Tensor]:
         """Return (leaf float32 [U, dim], index int64 [*ids.shape]) for kernels that gather by themselves.
 
-        leaf[index] is what `self[feature]` returns; gradients of the leaf are taken as those of the feature.
+        leaf[index] is what `self[feature]` returns, before pooling; gradients of the leaf are taken as those of the
+        feature.
         """
         _, leaf, index = self._use(feature)
         table = self._step.collection.features[feature].table

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 STEP_SLOT = "step"  # int32 [n, 1], always present: how many updates the row has had
@@ -142,3 +143,32 @@ class Backend(Protocol):
         Deterministic: summed one after the other in the order of i, whatever the number of threads. With `out`, the
         sums are added to it in place (starting from what it holds) and it is returned.
         """
+
+    def pool_rows(self, values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return p float32 [bags, dim]: p[b] sums weights[i] * values[index[i]] over offsets[b] <= i < offsets[b + 1].
+
+        Summed from zero in the order of i. values float32 [m, dim], index int64 [n] in [0, m), offsets int64 [bags + 1]
+        from 0 to n, weights float32 [n] (None: 1).
+        """
+        rows = self.take_rows(values, index)
+        if weights is not None:
+            rows = rows * weights[:, None]
+        return self.segment_sum(rows, _bag_numbers(offsets), len(offsets) - 1)
+
+    def unpool_rows(
+        self, grads: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, out: Tensor
+    ) -> Tensor:  # fmt: skip
+        """out[index[i]] += weights[i] * grads[b] for each i of bag b, in the order of i: the adjoint of `pool_rows`.
+
+        grads float32 [bags, dim], out float32 [m, dim], which is returned; the others as there.
+        """
+        rows = self.take_rows(grads, _bag_numbers(offsets))
+        if weights is not None:
+            rows = rows * weights[:, None]
+        return self.segment_sum(rows, index, len(out), out=out)
+
+
+def _bag_numbers(offsets: Tensor) -> Tensor:
+    """The bag int64 [n] of each element."""
+    bags = torch.arange(len(offsets) - 1, dtype=torch.int64, device="cpu")
+    return bags.repeat_interleave(offsets.diff())
