@@ -1,5 +1,8 @@
 """The memory-mapped form of a split: its Parquet shards as one uncompressed Arrow file, keyed by size, time and footer.
 
+Beside it lies a second one, `.rows`, with a line per row: its length, its `target_from` and where its events start.
+Both are mapped, so that what a process holds in memory of its own does not grow with the data.
+
 Every buffer of the file lies in one mapping, so an event of a row has one index into a flat view of the mapping,
 whatever record batch holds it: a batch of random rows is one `numpy.take`, and all processes of a machine share the
 page cache.
@@ -26,7 +29,7 @@ from .schema import DatasetSchema, FeatureSpec
 TARGET_COLUMN = "target_from"
 USER_COLUMN = "user_id"
 _FOOTER_BYTES = 1 << 16
-_LAYOUT_VERSION = "1"
+_LAYOUT_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,22 @@ def _build(files: list[Path], schema: DatasetSchema, target: Path) -> None:
             for path in files:
                 for batch in _checked_batches(path, schema, arrow_schema):
                     writer.write_batch(batch)
+        _write_rows(_row_index(temporary, schema), _rows_file(temporary))
+        # The events last: where their file is found, that of the rows is complete.
+        os.replace(_rows_file(temporary), _rows_file(target))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+        _rows_file(temporary).unlink(missing_ok=True)
+
+
+def _rows_file(events: Path) -> Path:
+    return events.with_name(f"{events.name}.rows")
+
+
+def _write_rows(rows: pa.RecordBatch, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+        writer.write_batch(rows)
 
 
 def _arrow_schema(schema: DatasetSchema) -> pa.Schema:
@@ -193,20 +209,38 @@ def _check_rows(batch: pa.RecordBatch, schema: DatasetSchema, path: Path, first_
         raise ValueError(f"{path}: target_from must be an index >= 0 in every row")
 
 
-def _map(path: Path, schema: DatasetSchema) -> CachedSplit:
-    whole = pa.memory_map(str(path), "r").read_buffer()
+def _row_index(events: Path, schema: DatasetSchema) -> pa.RecordBatch:
+    """Length, `target_from` and first event of each column of every row of an Arrow file of events."""
+    whole = pa.memory_map(str(events), "r").read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(whole))
     batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    columns: dict[str, NDArray[Any]] = {}
-    starts: dict[str, Int64] = {}
-    for feature in schema.features:
-        dtype = np.dtype("int8" if feature.dtype == "bool" else feature.dtype)
-        columns[feature.name] = np.frombuffer(whole, dtype=dtype, count=whole.size // dtype.itemsize)
-        starts[feature.name] = _starts(batches, feature.name, whole.address, dtype.itemsize)
+    empty = np.zeros(0, dtype=np.int32)
     lengths = [batch.column(0).value_lengths().to_numpy(zero_copy_only=False) for batch in batches]
     targets = [batch.column(TARGET_COLUMN).to_numpy(zero_copy_only=False) for batch in batches]
-    empty = np.zeros(0, dtype=np.int32)
-    return CachedSplit(columns, starts, np.concatenate([empty, *lengths]), np.concatenate([empty, *targets]), whole)
+    columns = {"length": np.concatenate([empty, *lengths]), TARGET_COLUMN: np.concatenate([empty, *targets])}
+    for feature in schema.features:
+        columns[_start_of(feature)] = _starts(batches, feature.name, whole.address, _dtype(feature).itemsize)
+    return pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})
+
+
+def _start_of(feature: FeatureSpec) -> str:
+    return f"start of {feature.name}"
+
+
+def _dtype(feature: FeatureSpec) -> np.dtype[Any]:
+    return np.dtype("int8" if feature.dtype == "bool" else feature.dtype)
+
+
+def _map(path: Path, schema: DatasetSchema) -> CachedSplit:
+    whole = pa.memory_map(str(path), "r").read_buffer()
+    index = pa.ipc.open_file(pa.memory_map(str(_rows_file(path)), "r")).get_batch(0)
+    rows = {name: index.column(name).to_numpy() for name in index.schema.names}
+    columns: dict[str, NDArray[Any]] = {}
+    for feature in schema.features:
+        dtype = _dtype(feature)
+        columns[feature.name] = np.frombuffer(whole, dtype=dtype, count=whole.size // dtype.itemsize)
+    starts = {feature.name: rows[_start_of(feature)] for feature in schema.features}
+    return CachedSplit(columns, starts, rows["length"], rows[TARGET_COLUMN], whole)
 
 
 def _starts(batches: list[pa.RecordBatch], name: str, base: int, itemsize: int) -> Int64:

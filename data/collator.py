@@ -1,20 +1,21 @@
 """Jagged micro-batches in the names of transformers' flattening collator, and the global step that holds them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .dataset import EventDataset
-from .jagged import offsets_of, ranges, within
-from .keyed import UInt64, fold, keyed
+from .jagged import offsets_of, within
+from .keyed import UInt64, fold, fold_repeated, keyed, word_table
 from .negatives import SharedNegatives, UniformNegatives
 from .windows import Int64, RecentFirst, Samples, WindowPolicy
 
 MicroBatch = dict[str, torch.Tensor | int]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass
@@ -36,14 +37,6 @@ class GlobalStep:
     num_tokens: int
     end: tuple[int, int] = (0, 0)
 
-    def pin_memory(self) -> "GlobalStep":
-        """The step with its tensors in pinned memory (called by torch's DataLoader)."""
-        return replace(self, micro_batches=[_pinned(batch) for batch in self.micro_batches])
-
-
-def _pinned(batch: MicroBatch) -> MicroBatch:
-    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
 
 @dataclass(frozen=True)
 class SharedDraw:
@@ -53,12 +46,28 @@ class SharedDraw:
     log_q: NDArray[np.float32]
 
 
+@dataclass
+class CompactBatch:
+    """A micro-batch as it travels from a worker: what is read or drawn; what follows from it is computed on arrival.
+
+    samples: its samples.  values: name -> inputs [T] of each event column, and `last_item_id`, `last_timestamp` [B],
+    the last event of each sample, which is a label only.  drawn: finished fields, such as negatives.
+    """
+
+    samples: Samples
+    values: Arrays
+    drawn: Arrays
+
+
 class GenRecCollator:
     """Builds micro-batches from rows of an EventDataset.
 
     max_length: most inputs (tokens) of a sample.  seed: of the keys of dropout and negatives.  negatives: per
     position, shared by the step, or None.  features: further event columns to pass, as [1, T] beside `input_ids`.
     windows: the policy that cuts rows into samples; the default keeps the most recent events.
+
+    A subclass adds fields that are read or drawn in `compact`, which runs in the worker, and those that follow from
+    them in `expand`, which runs where the step is used.
 
     A micro-batch of T tokens and B users (both may be 0) holds
         input_ids, position_ids, labels, timestamps, target_timestamps, token_keys: int64 [1, T]
@@ -91,6 +100,7 @@ class GenRecCollator:
         self.seed = seed
         self.negatives = negatives
         self.features = tuple(name for name in features if name not in ("item_id", "timestamp"))
+        self._words = word_table(0)
 
     def __call__(self, rows: ArrayLike, step: int = 0) -> MicroBatch:
         """One micro-batch of the samples `rows` (int [n]), which is the whole step: for a plain DataLoader."""
@@ -112,46 +122,69 @@ class GenRecCollator:
 
     def micro_batch(self, samples: Samples, step: int, shared: SharedDraw | None = None) -> MicroBatch:
         """The jagged micro-batch of some samples of optimizer step `step`."""
+        return self.expand(self.compact(samples, step, shared), step)
+
+    def compact(self, samples: Samples, step: int, shared: SharedDraw | None = None) -> CompactBatch:
+        """What is read of the samples or drawn for them: each event once, in the dtype of the file."""
         lengths = samples.num_inputs
-        columns = ("item_id", *(("timestamp",) if self.dataset.has_timestamps else ()), *self.features)
-        events = self.dataset.gather(samples.rows, samples.begin, samples.end, columns)
-        # Every sample has one event more than inputs: inputs leave out its last event, labels its first.
-        inputs = ranges(events.offsets[:-1], lengths)
-        targets = inputs + 1
-        place = within(lengths)
-        event = np.repeat(samples.begin, lengths) + place
-        fields = {
-            "input_ids": events["item_id"][inputs],
-            "position_ids": place,
-            "labels": events["item_id"][targets],
-            "label_mask": event + 1 >= np.repeat(samples.target_from, lengths),
-            **{name: events[name][inputs] for name in self.features},
+        names = ("item_id", *(("timestamp",) if self.dataset.has_timestamps else ()), *self.features)
+        inputs = dict(self.dataset.gather(samples.rows, samples.begin, samples.begin + lengths, names).columns)
+        last = {
+            f"last_{name}": self.dataset.events(samples.rows, samples.end - 1, name)
+            for name in names
+            if name not in self.features
         }
-        if self.dataset.has_timestamps:
-            fields |= {"timestamps": events["timestamp"][inputs], "target_timestamps": events["timestamp"][targets]}
-        keys = self._token_keys(samples, lengths, event, step)
-        fields["token_keys"] = keys.view(np.int64)
-        batch: MicroBatch = {name: torch.from_numpy(values)[None] for name, values in fields.items()}
-        batch["cu_seq_lens_q"] = torch.from_numpy(offsets_of(lengths).astype(np.int32))
-        batch["max_length_q"] = int(lengths.max(initial=0))
-        batch["user_ids"] = torch.from_numpy(np.array(samples.rows))
-        batch |= self._negatives(keys, fields["labels"], shared)
-        return batch
+        return CompactBatch(samples, {**inputs, **last}, self._negatives(samples, inputs, last, step, shared))
 
-    def _token_keys(self, samples: Samples, lengths: Int64, event: Int64, step: int) -> UInt64:
+    def expand(self, compact: CompactBatch, step: int, pin_memory: bool = False) -> MicroBatch:
+        """The micro-batch of what `compact` returned; its tensors own their memory, pinned if asked."""
+        samples, values = compact.samples, compact.values
+        lengths = samples.num_inputs
+        fields = Fields(int(lengths.sum()), pin_memory)
+        fields.copy("input_ids", values["item_id"][None])
+        shift(values["item_id"], values["last_item_id"], lengths, out=fields.new("labels"))
+        if "timestamp" in values:
+            fields.copy("timestamps", values["timestamp"][None])
+            shift(values["timestamp"], values["last_timestamp"], lengths, out=fields.new("target_timestamps"))
+        for name in self.features:
+            fields.copy(name, values[name][None])
+        positions = fields.new("position_ids")
+        positions[:] = within(lengths)
+        events = _events(samples, positions)
+        mask = fields.new("label_mask", np.bool_)
+        mask[:] = True
+        if (samples.target_from > samples.begin + 1).any():
+            np.greater_equal(events + 1, np.repeat(samples.target_from, lengths), out=mask)
+        self._token_keys(samples, events, step, out=fields.new("token_keys").view(np.uint64))
+        fields.copy("cu_seq_lens_q", offsets_of(lengths).astype(np.int32))
+        fields.copy("user_ids", samples.rows)
+        for name, drawn in compact.drawn.items():
+            fields.copy(name, drawn)
+        return {**fields.tensors, "max_length_q": int(lengths.max(initial=0))}
+
+    def _token_keys(self, samples: Samples, events: Int64, step: int, out: UInt64) -> UInt64:
+        """`keyed(seed, step, row, event)` of every input, uint64 [T]."""
+        needed = int(samples.end.max(initial=0))
+        if needed > len(self._words):
+            self._words = word_table(2 * needed)
         users = fold(keyed(self.seed, step), samples.rows)
-        return fold(np.repeat(users, lengths), event)
+        fold_repeated(users, samples.num_inputs, self._words, events, out)
+        return out
 
-    def _negatives(self, keys: UInt64, labels: NDArray[Any], shared: SharedDraw | None) -> MicroBatch:
+    def _negatives(
+        self, samples: Samples, inputs: Arrays, last: Arrays, step: int, shared: SharedDraw | None
+    ) -> Arrays:
+        lengths = samples.num_inputs
         if isinstance(self.negatives, UniformNegatives):
-            return {"negative_ids": torch.from_numpy(self.negatives.draw(keys))[None]}
+            events = _events(samples, within(lengths))
+            keys = self._token_keys(samples, events, step, np.empty(len(events), dtype=np.uint64))
+            return {"negative_ids": self.negatives.draw(keys)[None]}
         if isinstance(self.negatives, SharedNegatives):
             assert shared is not None, "shared negatives are drawn from the global batch before its micro-batches"
-            return {
-                "negative_ids": torch.from_numpy(shared.ids),
-                "negative_log_q": torch.from_numpy(shared.log_q),
-                "label_log_q": torch.from_numpy(self.negatives.log_q(labels))[None],
-            }
+            labels = np.empty_like(inputs["item_id"])
+            shift(inputs["item_id"], last["last_item_id"], lengths, out=labels)
+            log_q = self.negatives.log_q(labels)[None]
+            return {"negative_ids": shared.ids, "negative_log_q": shared.log_q, "label_log_q": log_q}
         return {}
 
 
@@ -159,17 +192,57 @@ class EvalCollator(GenRecCollator):
     """Micro-batches for ranking: no negatives, and what each user has already seen.
 
     Additional fields
-        seen_item_ids: int64 [S], cu_seen: int32 [B + 1], all events of each user before its last label in the batch,
+        seen_item_ids: int64 [S], cu_seen: int64 [B + 1], all events of each user before its last label in the batch,
             also those older than `max_length`
         label_index: int64 [1, T], index of the label in its user's history. The first `label_index` of the user's
             seen items precede the label (all of them when a user has one target).
     """
 
-    def micro_batch(self, samples: Samples, step: int, shared: SharedDraw | None = None) -> MicroBatch:
-        batch = super().micro_batch(samples, step, shared)
-        lengths = samples.num_inputs
+    def compact(self, samples: Samples, step: int, shared: SharedDraw | None = None) -> CompactBatch:
+        compact = super().compact(samples, step, shared)
         seen = self.dataset.gather(samples.rows, np.zeros_like(samples.end), samples.end - 1, ("item_id",))
-        batch["seen_item_ids"] = torch.from_numpy(seen["item_id"])
-        batch["cu_seen"] = torch.from_numpy(seen.offsets.astype(np.int32))
-        batch["label_index"] = torch.from_numpy(np.repeat(samples.begin, lengths) + within(lengths) + 1)[None]
-        return batch
+        compact.drawn.update(seen_item_ids=seen["item_id"], cu_seen=seen.offsets)
+        return compact
+
+    def expand(self, compact: CompactBatch, step: int, pin_memory: bool = False) -> MicroBatch:
+        batch = super().expand(compact, step, pin_memory)
+        positions = batch["position_ids"]
+        assert isinstance(positions, torch.Tensor)
+        fields = Fields(positions.numel(), pin_memory)
+        np.add(_events(compact.samples, positions.numpy()[0]), 1, out=fields.new("label_index"))
+        return batch | fields.tensors
+
+
+class Fields:
+    """Tensors of a micro-batch of `num_tokens` tokens while it is filled, in pinned memory if asked."""
+
+    def __init__(self, num_tokens: int, pin_memory: bool) -> None:
+        self.tensors: MicroBatch = {}
+        self._num_tokens, self._pin_memory = num_tokens, pin_memory
+
+    def new(self, name: str, dtype: DTypeLike = np.int64) -> NDArray[Any]:
+        """A new field [1, T], to be filled through the flat view [T] that is returned."""
+        return self._empty(name, (1, self._num_tokens), np.dtype(dtype))[0]
+
+    def copy(self, name: str, values: NDArray[Any]) -> None:
+        """A new field with the shape and the values of an array."""
+        np.copyto(self._empty(name, values.shape, values.dtype), values)
+
+    def _empty(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        kind = torch.from_numpy(np.empty(0, dtype=dtype)).dtype
+        tensor = torch.empty(shape, dtype=kind, pin_memory=self._pin_memory)
+        self.tensors[name] = tensor
+        values: NDArray[Any] = tensor.numpy()
+        return values
+
+
+def shift(inputs: NDArray[Any], last: NDArray[Any], lengths: Int64, out: NDArray[Any]) -> None:
+    """Write into `out` [T] what follows each input [T]: the next one of its sample, `last` [B] after the last."""
+    out[:-1] = inputs[1:]
+    filled = lengths > 0
+    out[np.cumsum(lengths)[filled] - 1] = last[filled]
+
+
+def _events(samples: Samples, positions: Int64) -> Int64:
+    """Index in its row of every input, int64 [T], from its position in the sample."""
+    return positions + np.repeat(samples.begin, samples.num_inputs) if samples.begin.any() else positions

@@ -129,15 +129,17 @@ class EventDataset:
         first = np.asarray(begin, dtype=np.int64)
         counts = np.asarray(end, dtype=np.int64) - first
         names = self.feature_names if columns is None else columns
-        flat: dict[tuple[int, ...], Int64] = {}
+        offsets = offsets_of(counts)
+        flat: dict[int, Int64] = {}
         values: dict[str, NDArray[Any]] = {}
         for name in names:
-            starts = self._starts[name]
-            key = (id(starts),)
-            if key not in flat:
-                flat[key] = ranges(starts[index] + first, counts)
-            values[name] = np.take(self._columns[name], flat[key])
-        return JaggedRows(offsets_of(counts), values)
+            starts, column = self._starts[name], self._columns[name]
+            if id(starts) not in flat:
+                flat[id(starts)] = ranges(starts[index] + first, counts)
+            values[name] = np.empty(offsets[-1], dtype=column.dtype)
+            # With mode="raise" numpy takes into a buffer of its own first.
+            np.take(column, flat[id(starts)], out=values[name], mode="clip")
+        return JaggedRows(offsets, values)
 
     def events(self, indices: ArrayLike, positions: ArrayLike, column: str = "item_id") -> NDArray[Any]:
         """The value of one event per entry: event `positions[i]` of row `indices[i]`; [n] of the column's dtype."""

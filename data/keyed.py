@@ -20,6 +20,7 @@ _KEY_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _WORD_INCREMENT = np.uint64(0x632BE59BD9B4E019)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_CACHED_WORDS = 1 << 14  # a block and its shifted copy stay in a core's cache
 
 
 def as_words(values: ArrayLike) -> UInt64:
@@ -52,6 +53,24 @@ def fold(key: ArrayLike, x: ArrayLike) -> UInt64:
     """The key `key` with one more word `x`: `mix64(key + C1 + mix64(x + C2))`; uint64, broadcast of both shapes."""
     word = _mix_in_place(np.array(np.add(as_words(x), _WORD_INCREMENT)))
     return _mix_in_place(np.array(np.add(np.add(as_words(key), _KEY_INCREMENT), word)))
+
+
+def word_table(size: int) -> UInt64:
+    """`mix64(x + C2)` of the words x = 0..size - 1, uint64 [size]: what `fold` mixes into a key for x."""
+    return _mix_in_place(np.arange(size, dtype=np.uint64) + _WORD_INCREMENT)
+
+
+def fold_repeated(keys: UInt64, counts: NDArray[np.int64], table: UInt64, x: NDArray[np.int64], out: UInt64) -> None:
+    """Write `fold` of each key, repeated `counts` times (int [n]), with the words `x` (int64 [sum]) into `out`.
+
+    table: `word_table` of more words than the largest of `x`.
+    """
+    repeated: UInt64 = np.repeat(keys + _KEY_INCREMENT, counts)
+    for first in range(0, len(out), _CACHED_WORDS):
+        part = slice(first, first + _CACHED_WORDS)
+        np.take(table, x[part], out=out[part], mode="clip")
+        out[part] += repeated[part]
+        _mix_in_place(out[part])
 
 
 def keyed(*words: ArrayLike) -> UInt64:

@@ -1,22 +1,34 @@
 """Global steps of one rank: sampler -> balanced plan -> jagged micro-batches, in worker processes if asked."""
 
+import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from .balancing import Cost, plan_micro_batches, token_cost
-from .collator import EvalCollator, GenRecCollator, GlobalStep, MicroBatch
+from .collator import CompactBatch, EvalCollator, GenRecCollator, GlobalStep, MicroBatch
 from .dataset import EventDataset
 from .sampler import GlobalBatchSampler
-from .transport import PackedStep, pack, unpack
-from .windows import EveryTarget
+from .transport import Arrays, BlockRing, Parcel, Receiver
+from .windows import EveryTarget, Samples
 
 
-class _Steps(Dataset[PackedStep]):
-    """Position (epoch, cursor) -> GlobalStep of one rank: a pure function, so that any worker may build it."""
+@dataclass
+class _CompactStep:
+    """A step as a worker sends it: numbers, and the arrays of its micro-batches in shared memory."""
+
+    step: GlobalStep
+    parcel: Parcel
+    num_micro_batches: int
+
+
+class _Steps(Dataset[_CompactStep]):
+    """Position (epoch, cursor) -> step of one rank: a pure function, so that any worker may build it."""
 
     def __init__(
         self,
@@ -31,31 +43,68 @@ class _Steps(Dataset[PackedStep]):
         self.sampler, self.collator, self.cost = sampler, collator, cost
         self.world_size, self.rank = world_size, rank
         self.max_tokens, self.micro_batches = max_tokens, micro_batches
+        self.ring = BlockRing(1)
 
-    def __getitem__(self, position: tuple[int, int]) -> PackedStep:
-        return pack(self.build(*position))
+    def __getitem__(self, position: tuple[int, int]) -> _CompactStep:
+        step, batches = self._compact(*position)
+        arrays = {name: values for k, batch in enumerate(batches) for name, values in _flat(k, batch)}
+        return _CompactStep(step, self.ring.pack(arrays), len(batches))
 
-    def build(self, epoch: int, cursor: int) -> GlobalStep:
+    def build(self, epoch: int, cursor: int, pin_memory: bool = False) -> GlobalStep:
+        """The step at a position, computed in this process."""
+        step, batches = self._compact(epoch, cursor)
+        return self._expanded(step, batches, pin_memory)
+
+    def receive(self, sent: _CompactStep, receiver: Receiver, pin_memory: bool) -> GlobalStep:
+        """The step that a worker sent."""
+        arrays = receiver.unpack(sent.parcel)
+        return self._expanded(sent.step, _nested(arrays, sent.num_micro_batches), pin_memory)
+
+    def _expanded(self, step: GlobalStep, batches: list[CompactBatch], pin_memory: bool) -> GlobalStep:
+        expanded = [self.collator.expand(batch, step.step, pin_memory) for batch in batches]
+        return replace(step, micro_batches=expanded)
+
+    def _compact(self, epoch: int, cursor: int) -> tuple[GlobalStep, list[CompactBatch]]:
         step = self.sampler.step_at(epoch, cursor)
         indices = self.sampler.batch_at(epoch, cursor)
         samples = self.collator.samples(indices)
         tokens = samples.num_inputs
         plan = plan_micro_batches(self.cost(tokens), tokens, self.world_size, self.max_tokens, self.micro_batches)
         shared = self.collator.draw_shared(samples, step)
-        micro_batches = [
-            self.collator.micro_batch(samples[plan.members(number, self.rank)], step, shared)
+        batches = [
+            self.collator.compact(samples[plan.members(number, self.rank)], step, shared)
             for number in range(plan.num_micro_batches)
         ]
-        return GlobalStep(
+        about = GlobalStep(
             step=step,
             epoch=epoch,
             cursor=cursor,
-            micro_batches=micro_batches,
+            micro_batches=[],
             num_items_in_batch=max(1, int(samples.num_labels.sum())),
             num_users=len(indices),
             num_tokens=int(tokens.sum()),
             end=self.sampler.next_position(epoch, cursor),
         )
+        return about, batches
+
+
+_PARTS = ("samples", "values", "drawn")
+
+
+def _flat(number: int, batch: CompactBatch) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The arrays of the `number`-th micro-batch as "number/part/name"."""
+    for part, arrays in zip(_PARTS, (vars(batch.samples), batch.values, batch.drawn), strict=True):
+        for name, values in arrays.items():
+            yield f"{number}/{part}/{name}", values
+
+
+def _nested(arrays: Arrays, num_micro_batches: int) -> list[CompactBatch]:
+    """The micro-batches of arrays that `_flat` has named."""
+    parts: list[dict[str, Arrays]] = [{part: {} for part in _PARTS} for _ in range(num_micro_batches)]
+    for key, values in arrays.items():
+        number, part, name = key.split("/", 2)
+        parts[int(number)][part][name] = values
+    return [CompactBatch(Samples(**part["samples"]), part["values"], part["drawn"]) for part in parts]
 
 
 def _as_is(step: Any) -> Any:
@@ -107,9 +156,10 @@ class StepLoader:
         self._steps = _Steps(
             sampler, collator, world_size, rank, cost or token_cost, max_tokens_per_device, micro_batches
         )
-        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        if num_workers:
-            self._workers["prefetch_factor"] = prefetch_factor
+        self._num_workers, self._prefetch_factor = num_workers, prefetch_factor
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        if pin_memory and not self._pin_memory:
+            warnings.warn("pin_memory has no effect: there is no CUDA device", stacklevel=2)
         self._position = start if start is not None else (sampler.epoch, sampler.cursor)
 
     def __len__(self) -> int:
@@ -122,9 +172,11 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[GlobalStep]:
         positions = self.sampler.positions(*self._position)
-        if not self._workers["num_workers"] and not self._workers["pin_memory"]:
-            yield from self._serve(self._steps.build(*position) for position in positions)
+        if not self._num_workers:
+            yield from self._serve(self._steps.build(*position, self._pin_memory) for position in positions)
             return
+        # A worker is asked for prefetch_factor steps; one more of its steps may be in use here.
+        self._steps.ring = BlockRing(self._prefetch_factor + 2)
         # A generator of its own: DataLoader otherwise draws a seed from torch's global one, and so moves it.
         loader = DataLoader(
             self._steps,
@@ -132,9 +184,11 @@ class StepLoader:
             sampler=positions,
             collate_fn=_as_is,
             generator=torch.Generator(),
-            **self._workers,
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch_factor,
         )
-        yield from self._serve(unpack(packed) for packed in loader)
+        receiver = Receiver()
+        yield from self._serve(self._steps.receive(sent, receiver, self._pin_memory) for sent in loader)
 
     def _serve(self, steps: Iterable[GlobalStep]) -> Iterator[GlobalStep]:
         for step in steps:

@@ -10,6 +10,7 @@ from .jagged import Int64
 from .keyed import SITE_ORDER, UInt64, as_words, fold, keyed, mix64
 
 _ROUNDS = 4
+_LOOK_AHEAD = 1 << 13
 
 
 def permute(positions: ArrayLike, size: int, key: int | UInt64) -> Int64:
@@ -74,6 +75,8 @@ class GlobalBatchSampler:
         self.drop_last = drop_last
         self.epoch = 0
         self.cursor = 0
+        self._ahead: tuple[int, Int64] = (0, np.zeros(0, dtype=np.int64))
+        self._ahead_of = -1
 
     @property
     def rows_per_epoch(self) -> int:
@@ -88,10 +91,20 @@ class GlobalBatchSampler:
     def batch_at(self, epoch: int, cursor: int) -> Int64:
         """The rows of the batch at (epoch, cursor), int64 [<= global_batch_size], none beyond the epoch's end."""
         stop = min(cursor + self.global_batch_size, self.rows_per_epoch)
-        positions = np.arange(cursor, max(cursor, stop), dtype=np.int64)
         if not self.shuffle:
-            return positions
-        return permute(positions, self.num_rows, keyed(self.seed, SITE_ORDER, epoch))
+            return np.arange(cursor, max(cursor, stop), dtype=np.int64)
+        first, rows = self._ahead
+        if self._ahead_of != epoch or not first <= cursor <= stop <= first + len(rows):
+            self._look_ahead(epoch, cursor)
+            first, rows = self._ahead
+        return rows[cursor - first : max(cursor, stop) - first].copy()
+
+    def _look_ahead(self, epoch: int, cursor: int) -> None:
+        """Permute many batches at once: a call costs far more than a position."""
+        stop = min(cursor + max(_LOOK_AHEAD, self.global_batch_size), self.rows_per_epoch)
+        positions = np.arange(cursor, max(cursor, stop), dtype=np.int64)
+        self._ahead_of = epoch
+        self._ahead = cursor, permute(positions, self.num_rows, keyed(self.seed, SITE_ORDER, epoch))
 
     def next_position(self, epoch: int, cursor: int) -> tuple[int, int]:
         """The position after the batch at (epoch, cursor); (epoch + 1, 0) after the last of an epoch."""

@@ -1,63 +1,80 @@
-"""A step on its way from a worker process: all its tensors in one buffer, so that one shared block travels."""
+"""Steps on their way from a worker process: arrays in shared memory that is written again and again.
 
-from dataclasses import dataclass, replace
+A worker has a ring of blocks. One is filled for every step; where it lies travels, and the block itself only when it
+is new or had to grow. The process that asked for the step reads the arrays in place, before it asks for the next one.
+"""
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 
-from .collator import GlobalStep, MicroBatch
+Arrays = dict[str, NDArray[Any]]
 
 _ALIGNMENT = 64
-
-Layout = dict[str, tuple[torch.dtype, torch.Size, int]]
-
-
-@dataclass
-class PackedStep:
-    """A GlobalStep whose tensors lie in `buffer` (uint8), at the places that `layouts` tells for each micro-batch."""
-
-    step: GlobalStep
-    layouts: list[Layout]
-    buffer: torch.Tensor
-
-    def pin_memory(self) -> "PackedStep":
-        """The step with its buffer in pinned memory (called by torch's DataLoader)."""
-        return replace(self, buffer=self.buffer.pin_memory())
+_ROOM = 1.5  # a block that grows is made this much larger than what it must hold
 
 
-def pack(step: GlobalStep) -> PackedStep:
-    """Copy the tensors of a step into one buffer."""
-    layouts: list[Layout] = []
-    numbers: list[MicroBatch] = []
-    parts: list[tuple[int, torch.Tensor]] = []
-    size = 0
-    for batch in step.micro_batches:
-        layout: Layout = {}
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor):
-                layout[name] = (value.dtype, value.shape, size)
-                parts.append((size, value))
-                size += -(-value.numel() * value.element_size() // _ALIGNMENT) * _ALIGNMENT
-        layouts.append(layout)
-        numbers.append({name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)})
-    buffer = torch.empty(size, dtype=torch.uint8)
-    for offset, value in parts:
-        if not value.numel():
-            continue  # no bytes, and torch refuses to view them
-        flat = value.contiguous().view(-1).view(torch.uint8)
-        buffer[offset : offset + len(flat)] = flat
-    return PackedStep(replace(step, micro_batches=numbers), layouts, buffer)
+@dataclass(frozen=True)
+class Parcel:
+    """Where the arrays of a step lie: name -> (dtype, shape, first byte) in block `slot` of `worker`.
+
+    block: uint8 [bytes] in shared memory when it has not travelled before.
+    """
+
+    worker: int
+    slot: int
+    layout: dict[str, tuple[str, tuple[int, ...], int]]
+    block: torch.Tensor | None
 
 
-def unpack(packed: PackedStep) -> GlobalStep:
-    """The step, its tensors views of the buffer."""
-    batches: list[MicroBatch] = []
-    for layout, numbers in zip(packed.layouts, packed.step.micro_batches, strict=True):
-        batch: MicroBatch = {}
-        for name, (dtype, shape, offset) in layout.items():
-            if not shape.numel():
-                batch[name] = torch.empty(shape, dtype=dtype)
-                continue
-            length = shape.numel() * dtype.itemsize
-            batch[name] = packed.buffer[offset : offset + length].view(dtype).view(shape)
-        batches.append(batch | numbers)
-    return replace(packed.step, micro_batches=batches)
+class BlockRing:
+    """A worker's blocks: at most `slots` parcels of a worker may be under way or in use at a time."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._blocks: dict[int, torch.Tensor] = {}
+        self._sent = 0
+
+    def pack(self, arrays: Arrays) -> Parcel:
+        """Copy the arrays into the next block."""
+        layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        size = 0
+        for name, values in arrays.items():
+            layout[name] = (values.dtype.str, values.shape, size)
+            size += -(-values.nbytes // _ALIGNMENT) * _ALIGNMENT
+        slot = self._sent % self.slots
+        self._sent += 1
+        fresh = slot not in self._blocks or len(self._blocks[slot]) < size
+        if fresh:
+            self._blocks[slot] = torch.empty(max(1, int(_ROOM * size)), dtype=torch.uint8).share_memory_()
+        block = self._blocks[slot]
+        for name, values in _views(block, layout).items():
+            np.copyto(values, arrays[name])
+        info = get_worker_info()
+        return Parcel(info.id if info else 0, slot, layout, block if fresh else None)
+
+
+class Receiver:
+    """Reads parcels; what it returns is valid until `slots` more parcels of that worker were packed."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def unpack(self, parcel: Parcel) -> Arrays:
+        """The arrays, views of the block."""
+        key = (parcel.worker, parcel.slot)
+        if parcel.block is not None:
+            self._blocks[key] = parcel.block
+        return _views(self._blocks[key], parcel.layout)
+
+
+def _views(block: torch.Tensor, layout: dict[str, tuple[str, tuple[int, ...], int]]) -> Arrays:
+    memory = block.numpy()
+    return {
+        name: np.ndarray(shape, dtype=dtype, buffer=memory, offset=offset if 0 not in shape else 0)
+        for name, (dtype, shape, offset) in layout.items()
+    }

@@ -116,7 +116,7 @@ def test_evaluation_gives_the_whole_history_as_seen(split: Callable[..., EventDa
     batch = EvalCollator(split([8, 3], [7, 2]), max_length=2, windows=EveryTarget)([0, 1])
     assert batch["labels"][batch["label_mask"]].tolist() == [7, 1002]
     assert batch["input_ids"].tolist() == [[5, 6, 1000, 1001]]
-    assert batch["cu_seen"].dtype == torch.int32 and batch["cu_seen"].tolist() == [0, 7, 9]
+    assert batch["cu_seen"].dtype == torch.int64 and batch["cu_seen"].tolist() == [0, 7, 9]
     assert batch["seen_item_ids"].tolist() == [0, 1, 2, 3, 4, 5, 6, 1000, 1001]
     assert batch["label_index"].tolist() == [[6, 7, 1, 2]]
 

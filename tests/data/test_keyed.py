@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from grzoo.data.keyed import below, fold, keyed, mix64, string_key, uniform
+from grzoo.data.keyed import below, fold, fold_repeated, keyed, mix64, string_key, uniform, word_table
 
 MASK = 2**64 - 1
 WORDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF]
@@ -35,6 +35,14 @@ def test_arguments_are_not_changed() -> None:
     words = np.arange(4, dtype=np.uint64)
     mix64(words), fold(words, words), below(words, 7)
     assert words.tolist() == [0, 1, 2, 3]
+
+
+def test_fold_repeated_equals_fold() -> None:
+    keys, counts = keyed(7, np.arange(4)), np.array([3, 0, 40_000, 1])
+    words = np.arange(counts.sum(), dtype=np.int64)[::-1] % 999
+    out = np.empty(len(words), dtype=np.uint64)
+    fold_repeated(keys, counts, word_table(999), words, out)
+    assert np.array_equal(out, fold(np.repeat(keys, counts), words))
 
 
 def test_string_key_is_fnv_1a_then_mix64() -> None:

@@ -1,5 +1,6 @@
 """Law 1: ranks, micro-batches and workers share a global batch out; resume continues the same sequence of batches."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,17 @@ from grzoo.data import (
     SharedNegatives,
     StepLoader,
 )
-from grzoo.data.transport import pack, unpack
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 @pytest.fixture
 def dataset() -> EventDataset:
+    return events()
+
+
+def events() -> EventDataset:
+    """50 rows of 1 to 29 events."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 30, 50)
     columns = {"item_id": np.arange(lengths.sum()) % 97, "timestamp": np.arange(lengths.sum())}
@@ -90,13 +97,6 @@ def test_loading_leaves_the_global_generator_alone(dataset: EventDataset) -> Non
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_step_survives_its_transport(dataset: EventDataset) -> None:
-    step = loader(dataset, max_tokens_per_device=60).step_at(0, 16)
-    assert content([unpack(pack(step))]) == content([step])
-    empty = loader(dataset, batch=1, world_size=2, rank=1).step_at(0, 0)
-    assert unpack(pack(empty)).micro_batches[0]["input_ids"].shape == (1, 0)
-
-
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 5])
 def test_resume_at_another_world_size_repeats_and_loses_nobody(dataset: EventDataset, stop: int) -> None:
     def run(steps: StepLoader, count: int) -> list[Any]:
@@ -114,6 +114,37 @@ def test_resume_at_another_world_size_repeats_and_loses_nobody(dataset: EventDat
     after = loader(dataset, world_size=3, rank=0, num_workers=0)
     after.load_state_dict(before.state_dict())
     assert first + run(after, 8 - stop) == whole
+
+
+@settings(max_examples=15)
+@given(
+    stops=st.lists(st.integers(0, 5), max_size=3),
+    places=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0, 0, 1, 2])), min_size=4, max_size=4),
+    batch=st.integers(7, 30),
+)
+def test_any_stops_ranks_and_workers_give_the_uninterrupted_sequence(
+    stops: list[int], places: list[tuple[int, int]], batch: int
+) -> None:
+    dataset = events()
+    total = 9
+    reference = loader(dataset, batch)
+    whole = [content([step]) for _ in range(total) for step in reference][:total]
+    served: list[Any] = []
+    state: dict[str, Any] | None = None
+    for (world, workers), steps in zip(places, [*stops, *[total] * 4], strict=False):
+        first = loader(dataset, batch, world_size=world, rank=0, num_workers=workers)
+        ranks = [first, *(loader(dataset, batch, world_size=world, rank=rank) for rank in range(1, world))]
+        for one in ranks:
+            if state is not None:
+                one.load_state_dict(json.loads(json.dumps(state)))
+        end = min(total, len(served) + steps)
+        while len(served) < end:
+            for parts in zip(*ranks, strict=True):
+                served.append(content(list(parts)))
+                if len(served) == end:
+                    break
+        (state,) = {json.dumps(one.state_dict()): one.state_dict() for one in ranks}.values()
+    assert served == whole[: len(served)] and len(served) >= min(total, sum(stops))
 
 
 def test_start_continues_inside_an_epoch(dataset: EventDataset) -> None:
