@@ -226,6 +226,16 @@ class DynamicEmbeddingCollection(nn.Module):
         physical.write(torch.full(ids.shape, position, dtype=torch.int32, device="cpu"), ids, rows, kept)
         return len(ids)
 
+    def shared_row(self, table: str) -> dict[str, Tensor]:
+        """Return the row that unknown ids of a table share: as `export_rows`, without ids, n = 1.
+
+        Raises ValueError for a table whose `unknown` is not "shared".
+        """
+        physical, position = self._place(table)
+        if physical.shared is None or self.tables[table].unknown != "shared":
+            raise ValueError(f"unknown ids of table {table!r} get {self.tables[table].unknown!r}, not a 'shared' row")
+        return physical.shared.read(position)
+
     def replace_physical(self, tables: list[PhysicalTable]) -> None:
         """Take over other rows, as a loader does; those that were here are freed, with gradients that wait for them."""
         if self.optimizer is not None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from .policies import check_initializer
 
-UNKNOWN_POLICIES = ("zeros", "initial")
+UNKNOWN_POLICIES = ("zeros", "initial", "shared")
 POOLINGS = ("none", "sum", "mean")
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -50,8 +50,11 @@ class TableConfig(_JsonConfig):
         embedding_dim: width of a row.
         initializer: value of a row before its first update, a function of (seed, init_key, id, column) alone:
             {"kind": "uniform", "scale": s} in [-s, s), {"kind": "normal", "std": s}, {"kind": "constant", "value": v},
-            {"kind": "truncated_normal", "std": s} (cut at two std).
-        unknown: what a lookup that does not insert returns for an id without a row: "zeros", or the "initial" value.
+            {"kind": "truncated_normal", "std": s} (cut at two std), or {"kind": "pretrained", "file": path,
+            "otherwise": one of those}: vectors {"ids": int64 [n], "rows": float32 [n, dim]} of a safetensors file,
+            which is read when a row is first inserted, and the other law for ids that it lacks.
+        unknown: what a lookup returns for an id that gets no row: "zeros", the "initial" value, or a "shared" row,
+            which is trained by the gradients of all such ids.
         init_key: names the stream of initial values (default: the table's name, so that renaming needs it).
 
     Raises ValueError for values out of range.

@@ -3,6 +3,7 @@
 Without a process group (or with one rank) everything here is the identity and nothing is sent.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -100,6 +101,10 @@ class Exchange:
         if self.world_size == 1:
             return value
         return sum(t.item() for t in self._all_gather(torch.tensor([value], dtype=torch.float64, device="cpu")))
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """Return the sum of float32 tensors of one shape over all ranks, in rank order (the same bits everywhere)."""
+        return values if self.world_size == 1 else functools.reduce(torch.add, self._all_gather(values))
 
     def all_to_all(self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Send slices of `buffer` [sum(sent)] to the ranks; return theirs [sum(received)] in rank order, on the CPU.

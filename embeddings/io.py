@@ -4,6 +4,7 @@ A folder holds embeddings-00001-of-0000N.safetensors and embeddings.safetensors.
 range of hash buckets; per logical table "<table>.ids" int64 [n], "<table>.rows" float32 [n, dim] and, with optimizer
 state, "<table>.<slot>" float32 [n, width], "<table>.step" int32 [n] and "<table>.bucket_offsets" int64 [buckets + 1],
 sorted by (bucket, id). The index names the configs of the tables, the seed, the hash, the optimizer and the shards.
+embeddings-shared.safetensors holds the rows that unknown ids share, where tables have them.
 """
 
 import json
@@ -23,6 +24,7 @@ from .files import obey_umask
 from .hashing import HASH_VERSION, NUM_BUCKETS, bucket, bucket_range
 from .kernels import STEP_SLOT, Slot
 from .shards import LocalRows, Shard, bucket_offsets, collect_shards, plan_shards
+from .shared_rows import SHARED_FILE, load_shared, shared_tensors
 from .table import PhysicalTable
 
 if TYPE_CHECKING:
@@ -70,6 +72,9 @@ def save_tables(
             if state:
                 tensors |= {f"{rows.name}.bucket_offsets": bucket_offsets(rows, shard) for rows in tables}
             problem = _attempt(_writer(path / shard.file, tensors))
+    shared = shared_tensors(collection, state=state)
+    if shared and exchange.rank == 0 and problem is None:
+        problem = _attempt(_writer(path / SHARED_FILE, shared))
     exchange.agree(problem)
     index = {"metadata": _metadata(collection, tables, shards, state=state)}
     problem = _attempt(lambda: _publish(path, index)) if exchange.rank == 0 else None
@@ -126,6 +131,7 @@ def _metadata(
         "tables": [config.to_dict() for config in collection.tables.values()],
         "optimizer": _describe(type(optimizer).__name__, collection.physical[0]) if state else None,
         "rows": {rows.name: rows.count(0, NUM_BUCKETS) for rows in tables},
+        "shared_rows": [name for name, config in collection.tables.items() if config.unknown == "shared"],
         "shards": [
             {
                 "file": shard.file,
@@ -161,7 +167,8 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def shard_files(index: Mapping[str, Any]) -> list[str]:
     """Return the names of the files that belong to an index."""
-    return [shard["file"] for shard in index["metadata"]["shards"]]
+    metadata = index["metadata"]
+    return [shard["file"] for shard in metadata["shards"]] + [SHARED_FILE] * bool(metadata.get("shared_rows"))
 
 
 def load_tables(
@@ -193,6 +200,8 @@ def load_tables(
             first, end = max(first, shard["buckets"][0]), min(end, shard["buckets"][1])
             if first < end:
                 _load_shard(collection, fresh, Path(folder), shard, (first, end), with_state)
+        if metadata.get("shared_rows"):
+            load_shared(collection, fresh, Path(folder) / SHARED_FILE, state=with_state)
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         problem = error if isinstance(error, ValueError) else ValueError(f"cannot load tables from {folder}: {error!r}")
     exchange.agree(problem)

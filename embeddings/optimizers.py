@@ -102,7 +102,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             return True
         self._reduced = reduce_gradients(self.collection, self._pending, touched, scale / exchange.world_size)
         self._forget(set(touched))
-        self.grad_norm = math.sqrt(exchange.sum_float(squared_norm(self._reduced)))
+        self.grad_norm = math.sqrt(exchange.sum_float(squared_norm(self._reduced, exchange.rank)))
         self._finite = math.isfinite(self.grad_norm)
         return self._finite
 
@@ -159,15 +159,19 @@ class SparseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["steps"] += 1
         for table, row_gradients in zip(self.collection.physical, reduced, strict=True):
-            if coefficient != 1.0:
-                row_gradients.grads.mul_(coefficient)
             by_hyper: dict[tuple[tuple[str, float], ...], list[int]] = {}
             for position, config in enumerate(table.configs):
                 by_hyper.setdefault(tuple(self.hyper(groups[config.name]).items()), []).append(position)
-            for hyper, positions in by_hyper.items():
-                handles, grads = _of_tables(row_gradients, positions, all_tables=len(by_hyper) == 1)
-                if len(handles):
-                    table.storage.update(self.rule, handles, grads, **dict(hyper))
+            targets = [(table.storage, row_gradients)]
+            if table.shared is not None and row_gradients.shared is not None:
+                targets.append((table.shared.storage, row_gradients.shared))
+            for storage, gradients in targets:
+                if coefficient != 1.0:
+                    gradients.grads.mul_(coefficient)
+                for hyper, positions in by_hyper.items():
+                    handles, grads = _of_tables(gradients, positions, all_tables=len(by_hyper) == 1)
+                    if len(handles):
+                        storage.update(self.rule, handles, grads, **dict(hyper))
 
 
 def _of_tables(rows: RowGradients, positions: list[int], *, all_tables: bool) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,14 @@ _QUANTILES = 65536
 
 
 def check_initializer(spec: object) -> None:
-    """Raise ValueError unless `spec` holds a "kind" of INITIALIZERS and its parameter, finite and in range."""
+    """Raise ValueError unless `spec` holds a "kind" of INITIALIZERS and its parameter, finite and in range.
+
+    Or {"kind": "pretrained", "file": path, "otherwise": one of those}.
+    """
     usage = " or ".join(f'{{"kind": "{kind}", "{name}": ...}}' for kind, name in INITIALIZERS.items())
+    if isinstance(spec, Mapping) and spec.get("kind") == "pretrained":
+        _check_pretrained(spec, usage)
+        return
     if not isinstance(spec, Mapping) or spec.get("kind") not in INITIALIZERS:
         raise ValueError(f"initializer {spec!r} must be {usage}")
     name = INITIALIZERS[spec["kind"]]
@@ -32,6 +38,17 @@ def check_initializer(spec: object) -> None:
         raise ValueError(f"{name!r} of initializer {spec!r} must be a finite number")
     if name != "value" and value < 0:
         raise ValueError(f"{name!r} of initializer {spec!r} must not be negative")
+
+
+def _check_pretrained(spec: Mapping[str, Any], usage: str) -> None:
+    if set(spec) != {"kind", "file", "otherwise"}:
+        raise ValueError(f"initializer {dict(spec)!r} must have exactly the fields 'kind', 'file' and 'otherwise'")
+    if not isinstance(spec["file"], str) or not spec["file"]:
+        raise ValueError(f"'file' of initializer {dict(spec)!r} must be the path of a safetensors file")
+    otherwise = spec["otherwise"]
+    if not isinstance(otherwise, Mapping) or otherwise.get("kind") == "pretrained":
+        raise ValueError(f"'otherwise' of initializer {dict(spec)!r}, for ids not in the file, must be {usage}")
+    check_initializer(otherwise)
 
 
 @functools.cache
@@ -45,8 +62,10 @@ def quantile_table(kind: str) -> Tensor:
 
 
 def row_init(spec: Mapping[str, Any], seed: int, init_key: str) -> RowInit:
-    """Return what a kernel needs of an initializer (see TableConfig) for one table."""
+    """Return what a kernel needs of an initializer (see TableConfig) for one table; "pretrained": its "otherwise"."""
     check_initializer(spec)
+    if spec["kind"] == "pretrained":
+        return row_init(spec["otherwise"], seed, init_key)
     kind, scale = spec["kind"], float(spec[INITIALIZERS[spec["kind"]]])
     key = keyed(seed, string_key(init_key))
     assert isinstance(key, int)

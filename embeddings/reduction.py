@@ -1,5 +1,6 @@
 """Gradients of pending steps -> one summed gradient per owned row, the same on any number of ranks up to rounding."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .step import Step, TableShare
+from .table import PhysicalTable
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -20,6 +22,7 @@ class RowGradients:
     tables: Tensor  # int32 [n]: logical table inside the physical one
     handles: Tensor  # int64 [n], distinct
     grads: Tensor  # float32 [n, dim]
+    shared: "RowGradients | None" = None  # of the rows that ids without a row share: the same on all ranks
 
 
 def agree_on_touched(collection: "DynamicEmbeddingCollection", steps: Sequence[Step]) -> dict[int, set[str]]:
@@ -52,8 +55,9 @@ def reduce_gradients(
 ) -> list[RowGradients]:
     """Return scale * the sum over ranks and steps of the gradients of each owned row, per physical table. Collective.
 
-    One all-to-all for all tables of all steps. Order of summation: each rank has summed over its own occurrences (in
-    the leaf), the owner adds ranks in rank order, then steps in the order of their preparation.
+    One all-to-all for all tables of all steps; one all-gather for each physical table with shared rows. Order of
+    summation: each rank has summed over its own occurrences (in the leaf), the owner adds ranks in rank order, then
+    steps in the order of their preparation; for a shared row each owner adds its ids and steps, then ranks in order.
     """
     exchange = collection.exchange
     active = [step for step in steps if step.serial in touched]
@@ -64,12 +68,20 @@ def reduce_gradients(
     received = torch.cat([step.received for step in active], dim=1)
     incoming = iter(exchange.swap(parts, sent, received))
     summed: list[list[RowGradients]] = [[] for _ in collection.physical]
+    unknown: dict[int, list[Tensor]] = {p: [] for p, table in enumerate(collection.physical) if table.shared}
     for step in active:
         for p, share in enumerate(step.shares):
-            reached = [config.name in touched[step.serial] for config in share.table.configs]
-            summed[p].append(_sum_over_ranks(share, next(incoming), torch.tensor(reached)))
+            reached = torch.tensor([config.name in touched[step.serial] for config in share.table.configs])
+            grads = _sum_by_owned(share, next(incoming))
+            if p in unknown:
+                unknown[p].append(_sum_unknown(share, grads, reached))
+            summed[p].append(_of_rows(share, grads, reached))
         step.statistics["bytes_sent"] += _bytes_sent(step, exchange.rank)
-    return [_sum_over_steps(share, s, scale) for share, s in zip(active[0].shares, summed, strict=True)]
+    reduced = [_sum_over_steps(share, s, scale) for share, s in zip(active[0].shares, summed, strict=True)]
+    for p, sums in unknown.items():
+        total = exchange.sum_rows(functools.reduce(torch.add, sums))
+        reduced[p].shared = _of_shared(collection.physical[p], total, scale)
+    return reduced
 
 
 def _leaf_gradient(share: TableShare) -> Tensor:
@@ -79,14 +91,35 @@ def _leaf_gradient(share: TableShare) -> Tensor:
     return share.leaf.grad.cpu()
 
 
-def _sum_over_ranks(share: TableShare, grads: Tensor, reached: Tensor) -> RowGradients:
-    """Sum what arrived, float32 [R, dim], by owned pair; drop ids without a row and tables without a gradient."""
-    if share.inverse is not None:
-        grads = share.table.backend.segment_sum(grads, share.inverse, len(share.handles))
+def _sum_by_owned(share: TableShare, grads: Tensor) -> Tensor:
+    """Sum what arrived, float32 [R, dim], by owned pair."""
+    if share.inverse is None:
+        return grads
+    return share.table.backend.segment_sum(grads, share.inverse, len(share.handles))
+
+
+def _of_rows(share: TableShare, grads: Tensor, reached: Tensor) -> RowGradients:
+    """Drop ids without a row and tables without a gradient."""
     keep = (share.handles >= 0) & reached[share.tables.long()]
     if keep.all():
         return RowGradients(share.tables, share.handles, grads)
     return RowGradients(share.tables[keep], share.handles[keep], grads[keep])
+
+
+def _sum_unknown(share: TableShare, grads: Tensor, reached: Tensor) -> Tensor:
+    """Sum the gradients of ids without a row by table, float32 [tables, dim + 1]; the last column counts ids."""
+    absent = (share.handles < 0) & reached[share.tables.long()]
+    ones = torch.ones(int(absent.sum()), 1, dtype=torch.float32, device="cpu")
+    values, tables = torch.cat([grads[absent], ones], dim=1), share.tables[absent].long()
+    return share.table.backend.segment_sum(values, tables, len(share.table.configs))
+
+
+def _of_shared(table: PhysicalTable, sums: Tensor, scale: float) -> RowGradients:
+    """Gradients of the shared rows that some rank touched, from `_sum_unknown` of all ranks."""
+    assert table.shared is not None
+    tables = table.shared.tables[sums[table.shared.tables.long(), -1] > 0]
+    grads = sums[tables.long(), :-1] * scale
+    return RowGradients(tables, table.shared.handles(tables), grads)
 
 
 def _sum_over_steps(share: TableShare, steps: list[RowGradients], scale: float) -> RowGradients:
@@ -107,6 +140,10 @@ def _bytes_sent(step: Step, rank: int) -> int:
     return sum(4 * share.table.dim * int(n) for share, n in zip(step.shares, rows, strict=True))
 
 
-def squared_norm(reduced: Sequence[RowGradients]) -> float:
-    """Return the sum of the squares of the gradients on this rank: norms of rows in float32, their sum in float64."""
-    return sum(torch.linalg.vector_norm(r.grads, dim=1).double().square().sum().item() for r in reduced)
+def squared_norm(reduced: Sequence[RowGradients], rank: int) -> float:
+    """Return the sum of the squares of the gradients of this rank: norms of rows in float32, their sum in float64.
+
+    Those of shared rows, which all ranks have, count on rank 0.
+    """
+    parts = [r for r in reduced] + [r.shared for r in reduced if r.shared is not None and rank == 0]
+    return sum(torch.linalg.vector_norm(r.grads, dim=1).double().square().sum().item() for r in parts)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .config import TableConfig
 from .hashing import bucket
-from .kernels import STEP_SLOT, Backend, Slot, TableStorage, get_backend
+from .kernels import STEP_SLOT, Backend, RowInit, Slot, TableStorage, get_backend
 from .policies import initial_rows, row_init
+from .pretrained import PretrainedRows, load_pretrained
+from .shared_rows import SharedRows
 
 
 class PhysicalTable:
@@ -26,6 +28,7 @@ class PhysicalTable:
         self._seed = seed
         self._backend_name = backend
         self._storage: TableStorage | None = None
+        self._shared: SharedRows | None = None
         self._closed = False
 
     def empty_like(self) -> "PhysicalTable":
@@ -41,6 +44,8 @@ class PhysicalTable:
             tables, ids, handles = self.storage.keys()
             values = self.read(handles)
             table.write(tables, ids, values.pop("rows"), values)
+        if self._shared is not None and table.shared is not None:
+            table.shared.copy_from(self._shared)
         return table
 
     @property
@@ -53,29 +58,50 @@ class PhysicalTable:
         if self._closed:
             raise RuntimeError("this embedding table was closed")
         if self._storage is None:
-            laws = [row_init(config.initializer, self._seed, config.init_key or config.name) for config in self.configs]
-            self._storage = self.backend.create(self.dim, laws)
+            self._storage = self.backend.create(self.dim, self._laws())
             self._storage.set_slots(self.slots)
         return self._storage
+
+    @property
+    def shared(self) -> SharedRows | None:
+        """The rows of logical tables whose unknown ids share one, made at first use; None when no table has it."""
+        if self._shared is None and any(config.unknown == "shared" for config in self.configs):
+            self._shared = SharedRows(self.configs, self._laws("/shared"))
+            self._shared.set_slots(self.slots)
+        return self._shared
+
+    def _laws(self, suffix: str = "") -> list[RowInit]:
+        return [row_init(c.initializer, self._seed, f"{c.init_key}{suffix}") for c in self.configs]
+
+    def _pretrained(self) -> dict[int, PretrainedRows]:
+        """The vectors of the logical tables that start from a file."""
+        return {
+            logical: load_pretrained(config.initializer["file"], self.dim, config.name)
+            for logical, config in enumerate(self.configs)
+            if config.initializer["kind"] == "pretrained"
+        }
 
     def set_slots(self, slots: Sequence[Slot]) -> None:
         """Set the layout of the optimizer state (see TableStorage.set_slots)."""
         self.slots = tuple(slots)
         if self._storage is not None:
             self._storage.set_slots(self.slots)
+        if self._shared is not None:
+            self._shared.set_slots(self.slots)
 
     def __len__(self) -> int:
         return 0 if self._storage is None and not self._closed else len(self.storage)
 
     def memory_bytes(self) -> int:
         """Bytes that are allocated for index, rows and state."""
-        return 0 if self._storage is None and not self._closed else self.storage.memory_bytes()
+        shared = 0 if self._shared is None else self._shared.storage.memory_bytes()
+        return shared if self._storage is None and not self._closed else shared + self.storage.memory_bytes()
 
     def close(self) -> None:
         """Free the rows; use after it raises RuntimeError."""
         if self._storage is not None:
             self._storage.close()
-        self._storage, self._closed = None, True
+        self._storage, self._shared, self._closed = None, None, True
 
     def num_rows(self, logical: int) -> int:
         """Number of rows of one logical table."""
@@ -85,19 +111,42 @@ class PhysicalTable:
 
     def lookup(self, tables: Tensor, ids: Tensor, *, insert: bool) -> tuple[Tensor, int]:
         """Return the handles int64 [n] of distinct pairs (-1: no row) and how many rows were inserted."""
-        if insert:
+        if not insert:
+            return self.storage.find(tables, ids), 0
+        pretrained = self._pretrained()
+        if not pretrained:
             return self.storage.find_or_insert(tables, ids)
-        return self.storage.find(tables, ids), 0
+        new = self.storage.find(tables, ids) < 0
+        handles, inserted = self.storage.find_or_insert(tables, ids)
+        for logical, vectors in pretrained.items():
+            mine = new & (tables == logical)
+            place = vectors.find(ids[mine])
+            self.storage.scatter(handles[mine][place >= 0], vectors.rows[place[place >= 0]], {})
+        return handles, inserted
 
     def gather(self, tables: Tensor, ids: Tensor, handles: Tensor) -> Tensor:
         """Return rows float32 [n, dim]; an id without a row (handle -1) gets what its table says of unknown ids."""
         rows = self.storage.gather(handles)
         for logical, config in enumerate(self.configs):
+            if config.unknown == "zeros":
+                continue
+            absent = (handles < 0) & (tables == logical)
+            if not absent.any():
+                continue
             if config.unknown == "initial":
-                absent = (handles < 0) & (tables == logical)
-                if absent.any():
-                    law = row_init(config.initializer, self._seed, config.init_key or config.name)
-                    rows[absent] = initial_rows(law, ids[absent], self.dim)
+                rows[absent] = self._initial(logical, ids[absent])
+            else:
+                assert self.shared is not None
+                shared = self.shared.storage.gather(self.shared.handles(tables[absent].cpu()))
+                rows[absent] = shared.to(rows.device)
+        return rows
+
+    def _initial(self, logical: int, ids: Tensor) -> Tensor:
+        """Rows float32 [n, dim] as they are when they are born."""
+        rows = initial_rows(self._laws()[logical], ids, self.dim)
+        if (vectors := self._pretrained().get(logical)) is not None:
+            place = vectors.find(ids)
+            rows[place >= 0] = vectors.rows[place[place >= 0]]
         return rows
 
     def sorted_keys(self, logical: int) -> tuple[Tensor, Tensor]:
