@@ -1,19 +1,21 @@
-"""How the rows of all tables are cut into files: by ranges of buckets, whatever the number of ranks."""
+"""How the rows of all tables are cut into files, and files into pieces: by ranges of buckets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .exchange import Exchange
 from .hashing import NUM_BUCKETS, bucket, bucket_range
-from .kernels import STEP_SLOT
-from .table import PhysicalTable
+from .tensor_file import as_bytes, file_order
 
-if TYPE_CHECKING:
-    from .collection import DynamicEmbeddingCollection
+IDS, OFFSETS = "ids", "bucket_offsets"
+Column = tuple[torch.dtype, int]  # dtype and width; width 0: one number per row, without an axis
+
+_HASHED_AT_ONCE = 1 << 20  # ids
 
 
 @dataclass(frozen=True)
@@ -27,106 +29,165 @@ class Shard:
 
 def plan_shards(bytes_per_bucket: Tensor, max_bytes: int) -> list[Shard]:
     """Cut the buckets, int64 [NUM_BUCKETS] bytes each, into the fewest ranges of at most max_bytes (or one bucket)."""
-    end_bytes = torch.cumsum(bytes_per_bucket, 0)
-    cuts = [0]
-    while cuts[-1] < NUM_BUCKETS:
-        done = int(end_bytes[cuts[-1] - 1]) if cuts[-1] else 0
-        fits = int(torch.searchsorted(end_bytes, done + max_bytes, right=True))
-        cuts.append(max(fits, cuts[-1] + 1))
-    n = len(cuts) - 1
-    return [Shard(f"embeddings-{i + 1:05d}-of-{n:05d}.safetensors", cuts[i], cuts[i + 1]) for i in range(n)]
+    cuts = _cut(_offsets(bytes_per_bucket), 0, NUM_BUCKETS, max_bytes)
+    n = len(cuts)
+    return [Shard(f"embeddings-{i + 1:05d}-of-{n:05d}.safetensors", *cuts[i]) for i in range(n)]
 
 
-class LocalRows:
-    """The rows of one logical table on this rank in file order, and how many there are in each bucket on all ranks."""
+def _cut(offsets: Tensor, first: int, end: int, limit: int) -> list[tuple[int, int]]:
+    """Cut buckets [first, end) into the fewest ranges over which `offsets` grow by `limit` at most (or one bucket)."""
+    cuts: list[tuple[int, int]] = []
+    while first < end:
+        fits = int(torch.searchsorted(offsets, offsets[first] + limit, right=True)) - 1
+        cuts.append((first, min(max(fits, first + 1), end)))
+        first = cuts[-1][1]
+    return cuts
 
-    def __init__(self, collection: "DynamicEmbeddingCollection", name: str, *, state: bool) -> None:
-        position, logical = collection.placement[name]
+
+class ShardedRows:
+    """Rows with 64-bit ids that go into shards: this rank's in the order (bucket, id), and all ranks' numbers of them.
+
+    Args:
+        name: what its tensors in the files begin with: "<name>.ids", "<name>.<column>", "<name>.bucket_offsets".
+        ids: int64 [n] of this rank, sorted by (bucket, id).
+        columns: the tensors that go beside the ids.
+        read: read(column, start, stop) returns the values of this rank's rows [start, stop) of a column.
+    """
+
+    def __init__(
+        self, name: str, ids: Tensor, columns: Mapping[str, Column], read: Callable[[str, int, int], Tensor]
+    ) -> None:
         self.name = name
-        self.table: PhysicalTable = collection.physical[position]
-        self.state = state
-        self._ids, self._handles = self.table.sorted_keys(logical)
-        local = torch.bincount(bucket(self._ids), minlength=NUM_BUCKETS)
-        self._starts = _offsets(local)
-        self.rows_per_bucket = collection.exchange.sum_tensor(local)  # int64 [NUM_BUCKETS]
+        self.columns: dict[str, Column] = {IDS: (torch.int64, 0), **columns}
+        self._ids, self._read = ids, read
+        self.local_rows_per_bucket = torch.zeros(NUM_BUCKETS, dtype=torch.int64, device="cpu")
+        for part in ids.split(_HASHED_AT_ONCE):
+            self.local_rows_per_bucket += torch.bincount(bucket(part), minlength=NUM_BUCKETS)
+        self._starts = _offsets(self.local_rows_per_bucket)
+        self.set_rows_per_bucket(self.local_rows_per_bucket)
 
-    def layout(self) -> dict[str, tuple[torch.dtype, int]]:
-        """Tensors of a row, in the order in which they travel: name -> dtype and width (0: one number, no axis)."""
-        layout = {"ids": (torch.int64, 0), "rows": (torch.float32, self.table.dim)}
-        if self.state:
-            layout |= {slot.name: (torch.float32, slot.width) for slot in self.table.slots}
-            layout[STEP_SLOT] = (torch.int32, 0)
-        return layout
+    def set_rows_per_bucket(self, rows_per_bucket: Tensor) -> None:
+        """Take the numbers of rows of all ranks in each bucket, int64 [NUM_BUCKETS]."""
+        self.offsets = _offsets(rows_per_bucket)  # int64 [NUM_BUCKETS + 1]
 
     def row_bytes(self) -> int:
-        return sum(dtype.itemsize * max(width, 1) for dtype, width in self.layout().values())
-
-    def read(self, shard: Shard) -> dict[str, Tensor]:
-        """Return the rows of this rank in a shard, by the names of `layout`."""
-        a, b = int(self._starts[shard.first]), int(self._starts[shard.end])
-        return {"ids": self._ids[a:b], **self.table.read(self._handles[a:b], state=self.state)}
+        """Bytes of a row in the file."""
+        return sum(column_bytes(column) for column in self.columns.values())
 
     def count(self, first: int, end: int) -> int:
-        """Return the number of rows on all ranks in buckets [first, end)."""
-        return int(self.rows_per_bucket[first:end].sum())
+        """Number of rows on all ranks in buckets [first, end)."""
+        return int(self.offsets[end] - self.offsets[first])
+
+    def read(self, column: str, first: int, end: int) -> Tensor:
+        """The bytes of a column, uint8 [n], for this rank's rows in buckets [first, end)."""
+        start, stop = int(self._starts[first]), int(self._starts[end])
+        values = self._ids[start:stop] if column == IDS else self._read(column, start, stop)
+        assert values.dtype == self.columns[column][0] and len(values) == stop - start
+        return as_bytes(values.contiguous())
+
+
+def column_bytes(column: Column) -> int:
+    """Bytes of one row of a column."""
+    dtype, width = column
+    return dtype.itemsize * max(width, 1)
+
+
+def column_shape(column: Column, rows: int) -> tuple[int, ...]:
+    """Shape of a column of so many rows."""
+    return (rows, column[1]) if column[1] else (rows,)
 
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), torch.cumsum(counts, 0)])
 
 
-def bucket_offsets(rows: LocalRows, shard: Shard) -> Tensor:
-    """Return int64 [end - first + 1]: where the rows of each bucket of the shard begin and end."""
-    return _offsets(rows.rows_per_bucket[shard.first : shard.end])
+class Piece(NamedTuple):
+    """A run of bytes of a shard that lies on one rank."""
+
+    rows: ShardedRows
+    column: str
+    first: int  # bucket
+    end: int  # bucket
+    source: int  # rank
+
+    def num_bytes(self) -> int:
+        if self.column == OFFSETS:
+            return 8 * (self.end - self.first + 1)
+        return self.rows.count(self.first, self.end) * column_bytes(self.rows.columns[self.column])
+
+    def read(self) -> Tensor:
+        """Its bytes, uint8 [num_bytes()]; called on `source`."""
+        if self.column == OFFSETS:
+            return as_bytes(self.rows.offsets[self.first : self.end + 1] - self.rows.offsets[self.first])
+        return self.rows.read(self.column, self.first, self.end)
 
 
-def collect_shards(
-    tables: Sequence[LocalRows], shards: Sequence[Shard | None], exchange: Exchange
-) -> dict[str, Tensor]:
-    """Send the rows of shards[w] to rank w, for all ranks w, in one all-to-all. Collective.
+class ShardPlan:
+    """The tensors of a shard and the pieces, in the order of the file, that they are written in.
 
-    Returns "<table>.<tensor>" of the shard that this rank writes (empty when it writes none).
+    Args:
+        shard: the file.
+        row_sets: what it has rows of.
+        writer: the rank that writes it.
+        world_size: number of ranks.
+        piece_bytes: bound of a piece (a bucket is never cut).
     """
-    pieces = [[rows.read(shard) for rows in tables] if shard else [] for shard in shards]
-    mine = shards[exchange.rank]
-    if exchange.world_size == 1:
-        assert mine is not None
-        return {f"{t.name}.{n}": v for t, values in zip(tables, pieces[0], strict=True) for n, v in values.items()}
-    buffers = [_to_bytes(tables, piece) for piece in pieces]
-    sources = [_intersection(mine, r, exchange.world_size) for r in range(exchange.world_size)]
-    sizes = [sum(t.count(*span) * t.row_bytes() for t in tables) for span in sources]
-    received = exchange.all_to_all(torch.cat(buffers), [len(b) for b in buffers], sizes)
-    parts = [_from_bytes(tables, b, span) for b, span in zip(received.split(sizes), sources, strict=True)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if mine else {}
+
+    def __init__(
+        self, shard: Shard, row_sets: Sequence[ShardedRows], *, writer: int, world_size: int, piece_bytes: int
+    ) -> None:
+        self.shard = shard
+        self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.pieces: list[Piece] = []
+        owners: dict[str, tuple[ShardedRows, str]] = {}
+        for rows in row_sets:
+            count = rows.count(shard.first, shard.end)
+            for column, kind in rows.columns.items():
+                self.layout[f"{rows.name}.{column}"] = (kind[0], column_shape(kind, count))
+                owners[f"{rows.name}.{column}"] = rows, column
+            self.layout[f"{rows.name}.{OFFSETS}"] = (torch.int64, (shard.end - shard.first + 1,))
+            owners[f"{rows.name}.{OFFSETS}"] = rows, OFFSETS
+        for name in file_order(self.layout):
+            rows, column = owners[name]
+            if column == OFFSETS:
+                self.pieces.append(Piece(rows, column, shard.first, shard.end, writer))
+                continue
+            for source in range(world_size):
+                first, end = bucket_range(source, world_size)
+                limit = max(piece_bytes // column_bytes(rows.columns[column]), 1)
+                for cut in _cut(rows.offsets, max(first, shard.first), min(end, shard.end), limit):
+                    if rows.count(*cut):
+                        self.pieces.append(Piece(rows, column, *cut, source))
 
 
-def _intersection(shard: Shard | None, rank: int, world_size: int) -> tuple[int, int]:
-    """The buckets of a shard that a rank owns, as (first, end)."""
-    if shard is None:
-        return 0, 0
-    first, end = bucket_range(rank, world_size)
-    first = max(first, shard.first)
-    return first, max(first, min(end, shard.end))
+def stream_pieces(
+    plans: Sequence[ShardPlan | None], exchange: Exchange, attempt: Callable[[Callable[[], Tensor]], Tensor | None]
+) -> Iterator[Tensor | None]:
+    """Yield the bytes of this rank's shard piece by piece, plans[w] being that of rank w. Collective.
+
+    Pieces that lie on other ranks come by all-to-all; nothing is sent while all ranks write rows of their own.
+
+    Args:
+        plans: what each rank writes in this turn.
+        exchange: the ranks.
+        attempt: runs a reading; where it fails it keeps the problem for later and returns None. Zeros go in its place,
+            so that the other ranks are not left waiting.
+    """
+    schedules = [plan.pieces if plan else [] for plan in plans]
+    for pieces in zip_longest(*schedules):
+        mine = pieces[exchange.rank]
+        if all(piece is None or piece.source == writer for writer, piece in enumerate(pieces)):
+            yield None if mine is None else attempt(mine.read)
+            continue
+        sent = [_to_send(piece, exchange.rank, attempt) for piece in pieces]
+        received = [0] * exchange.world_size
+        if mine is not None:
+            received[mine.source] = mine.num_bytes()
+        yield exchange.all_to_all(torch.cat(sent), [len(part) for part in sent], received)
 
 
-def _to_bytes(tables: Sequence[LocalRows], piece: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    flat = [
-        values[name].contiguous().view(-1).view(torch.uint8)
-        for rows, values in zip(tables, piece, strict=False)  # no piece: nothing to send
-        for name in rows.layout()
-    ]
-    return torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *flat])
-
-
-def _from_bytes(tables: Sequence[LocalRows], buffer: Tensor, span: tuple[int, int]) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
-    at = 0
-    for rows in tables:
-        n = rows.count(*span)
-        for name, (dtype, width) in rows.layout().items():
-            size = n * dtype.itemsize * max(width, 1)
-            # A copy, because a view needs its storage to begin at a multiple of the item size.
-            flat = buffer[at : at + size].clone().view(dtype)
-            values[f"{rows.name}.{name}"] = flat.view(n, width) if width else flat
-            at += size
-    return values
+def _to_send(piece: Piece | None, rank: int, attempt: Callable[[Callable[[], Tensor]], Tensor | None]) -> Tensor:
+    if piece is None or piece.source != rank:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    found = attempt(piece.read)
+    return torch.zeros(piece.num_bytes(), dtype=torch.uint8, device="cpu") if found is None else found

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .config import TableConfig
-from .hashing import bucket
 from .kernels import STEP_SLOT, Backend, RowInit, Slot, TableStorage, get_backend
 from .policies import initial_rows, row_init
 from .pretrained import PretrainedRows, load_pretrained
@@ -151,20 +150,31 @@ class PhysicalTable:
 
     def sorted_keys(self, logical: int) -> tuple[Tensor, Tensor]:
         """Return ids and handles int64 [n] of one logical table, sorted by (bucket, id), in host memory."""
-        tables, ids, handles = (keys.cpu() for keys in self.storage.keys())
-        mine = tables == logical
-        ids, handles = ids[mine], handles[mine]
-        order = torch.argsort(ids)
-        order = order[torch.argsort(bucket(ids[order]), stable=True)]
-        return ids[order], handles[order]
+        ids, handles = self.storage.sorted_keys(logical)
+        return ids.cpu(), handles.cpu()
 
-    def read(self, handles: Tensor, *, state: bool = True) -> dict[str, Tensor]:
-        """Return "rows" float32 [n, dim] and, with state, each slot float32 [n, width] and "step" int32 [n]."""
-        values = {"rows": self.storage.gather(handles)}
+    def reserve(self, rows: int) -> None:
+        """Make room for so many more rows at once. MemoryError, with nothing changed, where there is none."""
+        self.storage.reserve(rows)
+
+    def columns(self, *, state: bool) -> dict[str, tuple[torch.dtype, int]]:
+        """Return what a row has in files, beside its id: name -> dtype and width (0: one number, without an axis)."""
+        columns: dict[str, tuple[torch.dtype, int]] = {"rows": (torch.float32, self.dim)}
         if state:
-            values |= {slot.name: self.storage.gather_slot(slot.name, handles) for slot in self.slots}
-            values[STEP_SLOT] = self.storage.gather_slot(STEP_SLOT, handles).flatten()
-        return values
+            columns |= {slot.name: (torch.float32, slot.width) for slot in self.slots}
+            columns[STEP_SLOT] = (torch.int32, 0)
+        return columns
+
+    def read_column(self, column: str, handles: Tensor) -> Tensor:
+        """Return one of `columns` of some rows, [n, width] or [n], in host memory."""
+        if column == "rows":
+            return self.storage.gather(handles).cpu()
+        values = self.storage.gather_slot(column, handles).cpu()
+        return values.flatten() if column == STEP_SLOT else values
+
+    def read(self, handles: Tensor) -> dict[str, Tensor]:
+        """Return all columns: "rows" float32 [n, dim], each slot float32 [n, width] and "step" int32 [n]."""
+        return {column: self.read_column(column, handles) for column in self.columns(state=True)}
 
     def write(self, tables: Tensor, ids: Tensor, rows: Tensor, state: Mapping[str, Tensor]) -> None:
         """Insert or overwrite rows (distinct pairs); state that is not given starts as in a new row."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from grzoo.embeddings.exchange import Exchange
+from grzoo.embeddings.files import Fingerprint, write_text
 from grzoo.embeddings.io import load_tables, save_tables
 
 from grzoo import __version__
@@ -36,10 +37,11 @@ def save_checkpoint(engine: "GenRecEngine", save_dir: Path, tag: str, client_sta
     _together(exchange, lambda: folders.start(target) if exchange.rank == 0 else None)
     try:
         temporary = _together(exchange, lambda: _visible(folders.temporary_path(target)))
-        save_dense(DenseState(engine.deepspeed), temporary, exchange)
-        save_tables(engine.collection, temporary, state=True)
-        _together(exchange, lambda: folders.write_text(temporary / STATE, state) if exchange.rank == 0 else None)
-        files = _fingerprints(exchange, temporary)
+        files = save_dense(DenseState(engine.deepspeed), temporary, exchange)
+        files |= save_tables(engine.collection, temporary, state=True)
+        if written := _together(exchange, lambda: write_text(temporary / STATE, state) if exchange.rank == 0 else None):
+            files[STATE] = written
+        files = _of_all_ranks(exchange, files)
         seal = engine.global_steps
         _together(exchange, lambda: folders.publish(target, files, seal) if exchange.rank == 0 else None)
     except Exception:
@@ -137,18 +139,12 @@ def _visible(temporary: Path) -> Path:
     return temporary
 
 
-def _fingerprints(exchange: Exchange, temporary: Path) -> dict[str, dict[str, Any]]:
-    """Checksums of all files, each computed by one rank, on rank 0 and everywhere."""
-
-    def mine() -> dict[str, dict[str, Any]]:
-        names = sorted(path.name for path in temporary.iterdir())
-        return {name: folders.fingerprint(temporary / name) for name in names[exchange.rank :: exchange.world_size]}
-
-    encoded = json.dumps(_together(exchange, mine)).encode()
-    files: dict[str, dict[str, Any]] = {}
-    for part in exchange.gather_ints(list(encoded)):
-        files |= json.loads(bytes(part))
-    return files
+def _of_all_ranks(exchange: Exchange, files: dict[str, Fingerprint]) -> dict[str, Fingerprint]:
+    """The checksums of the files that any rank wrote, everywhere."""
+    merged: dict[str, Fingerprint] = {}
+    for part in exchange.gather_ints(list(json.dumps(files).encode())):
+        merged |= json.loads(bytes(part))
+    return merged
 
 
 def _together(exchange: Exchange, work: Callable[[], T]) -> T:

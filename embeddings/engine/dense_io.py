@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from grzoo.embeddings.exchange import Exchange
-from grzoo.embeddings.files import obey_umask
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from grzoo.embeddings.files import Fingerprint
+from grzoo.embeddings.tensor_file import save_tensors
+from safetensors import safe_open
 from torch import Tensor
 
 from .dense import DenseState
-from .folder import flush
 
 SHARD_BYTES = 1 << 30
 
@@ -31,10 +30,16 @@ def plan_shards(dense: DenseState, max_bytes: int = SHARD_BYTES) -> list[list[st
     return shards
 
 
-def save_dense(dense: DenseState, folder: Path, exchange: Exchange, max_bytes: int = SHARD_BYTES) -> None:
-    """Writes dense-00001-of-0000N.safetensors; shard k is written by rank k modulo the number of ranks. Collective."""
+def save_dense(
+    dense: DenseState, folder: Path, exchange: Exchange, max_bytes: int = SHARD_BYTES
+) -> dict[str, Fingerprint]:
+    """Writes dense-00001-of-0000N.safetensors; shard k is written by rank k modulo the number of ranks. Collective.
+
+    Returns the sizes and checksums of the files that this rank wrote.
+    """
     shards = plan_shards(dense, max_bytes)
     problem: Exception | None = None
+    files: dict[str, Fingerprint] = {}
     for number, names in enumerate(shards):
         is_writer = number % exchange.world_size == exchange.rank
         tensors: dict[str, Tensor] = {}
@@ -43,17 +48,13 @@ def save_dense(dense: DenseState, folder: Path, exchange: Exchange, max_bytes: i
             if is_writer:
                 tensors |= gathered
         if is_writer and problem is None:  # after a failure this rank still takes part in the gathering
+            file = f"dense-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             try:
-                _write(folder / f"dense-{number + 1:05d}-of-{len(shards):05d}.safetensors", tensors)
-            except (OSError, SafetensorError) as error:
-                problem = error if isinstance(error, OSError) else OSError(f"cannot write to {folder}: {error}")
+                files[file] = save_tensors(folder / file, tensors)
+            except OSError as error:
+                problem = error
     exchange.agree(problem)
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
-    obey_umask(file)
-    flush(file)
+    return files
 
 
 def check_dense(dense: DenseState, folder: Path, saved: Mapping[str, Any]) -> None:

@@ -1,19 +1,17 @@
 """A checkpoint folder is complete or absent: temporary name, fsync, COMPLETE.json with checksums, rename."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import xxhash
+from grzoo.embeddings.files import Fingerprint, fingerprint, flush, write_text
 
 COMPLETE = "COMPLETE.json"
 FORMAT_VERSION = 1
 
 _NAME = re.compile(r"checkpoint-(\d+)(\.replaced)?")
-_CHUNK = 1 << 22  # bytes
 
 
 def temporary_path(folder: Path) -> Path:
@@ -35,25 +33,7 @@ def start(folder: Path) -> Path:
     return temporary
 
 
-def fingerprint(file: Path) -> dict[str, Any]:
-    """Size in bytes and checksum (xxHash3, 128 bits, hexadecimal) of a file."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return {"size": file.stat().st_size, "xxh3_128": digest.hexdigest()}
-
-
-def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:
+def publish(folder: Path, files: dict[str, Fingerprint], step: int) -> None:
     """Seals the temporary folder of `folder`, whose files are on the disk, with COMPLETE.json; gives it its name."""
     temporary, replaced = temporary_path(folder), replaced_path(folder)
     seal = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(files.items()))}
@@ -67,12 +47,6 @@ def publish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:
     flush(folder.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file and waits until it is on the disk."""
-    file.write_text(text + "\n", encoding="utf-8")
-    flush(file)
 
 
 def read_json(file: Path) -> dict[str, Any]:

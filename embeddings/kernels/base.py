@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from grzoo.embeddings.hashing import bucket
 from torch import Tensor
 
 STEP_SLOT = "step"  # int32 [n, 1], always present: how many updates the row has had
@@ -109,6 +110,19 @@ class TableStorage(Protocol):
 
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return tables int32 [n], ids int64 [n] and handles int64 [n] of all rows, in no particular order."""
+
+    def sorted_keys(self, table: int) -> tuple[Tensor, Tensor]:
+        """Return ids and handles int64 [n] of one logical table, sorted by (bucket, id): the order of files."""
+        tables, ids, handles = self.keys()
+        mine = tables == table
+        ids, handles = ids[mine], handles[mine]
+        order = torch.argsort(ids)
+        order = order[torch.argsort(bucket(ids[order]), stable=True)]
+        return ids[order], handles[order]
+
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` more rows. MemoryError, with nothing changed, where there is none. May do nothing."""
+        return
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -1,0 +1,176 @@
+"""Writing all tables into shards: every rank writes files at the same time, streaming, without a copy of the table."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from .files import Fingerprint, flush, write_text
+from .hashing import HASH_VERSION, NUM_BUCKETS
+from .index import FORMAT_VERSION, INDEX_NAME, describe_optimizer, shard_files
+from .shards import Shard, ShardedRows, ShardPlan, plan_shards, stream_pieces
+from .shared_rows import SHARED_FILE, shared_tensors
+from .tensor_file import TensorFileWriter, save_tensors
+
+if TYPE_CHECKING:
+    from .collection import DynamicEmbeddingCollection
+    from .exchange import Exchange
+
+T = TypeVar("T")
+
+PIECE_BYTES = 16 << 20  # in flight: one that is gathered, three that wait for the disk
+
+
+def save_tables(
+    collection: "DynamicEmbeddingCollection",
+    folder: str | os.PathLike[str],
+    *,
+    state: bool,
+    max_shard_bytes: int = 2 << 30,
+) -> dict[str, Fingerprint]:
+    """Write all tables into a folder that every rank can reach (made when missing). Collective.
+
+    Each file, and the index last, appears under its name when it is complete. Shards of an earlier save in the folder
+    go. Beside the tables this takes 16 bytes per row for the order of the rows, and a few pieces of 16 MiB.
+
+    Args:
+        collection: the tables.
+        folder: where to.
+        state: whether to write the optimizer state and the step of each row.
+        max_shard_bytes: bound of the rows in one file (one bucket is never cut).
+
+    Returns:
+        Sizes and checksums of the files that this rank wrote.
+
+    Raises:
+        ValueError: state without an attached optimizer.
+        OSError or RuntimeError: on every rank, when a file could not be written.
+    """
+    exchange, path = collection.exchange, Path(folder)
+    if state and collection.optimizer is None:
+        raise ValueError("state=True saves the state of a sparse optimizer, and none is attached to the tables")
+    row_sets = _row_sets(collection, state=state)
+    weights = torch.stack([torch.diff(rows.offsets) * rows.row_bytes() for rows in row_sets])
+    shards = plan_shards(weights.sum(0), max_shard_bytes)
+    failures = _Failures()
+    failures.attempt(lambda: path.mkdir(parents=True, exist_ok=True))
+    exchange.agree(failures.first)
+    files: dict[str, Fingerprint] = {}
+    for turn in _turns(shards, exchange.world_size):
+        plans = [_plan(shard, row_sets, rank, exchange.world_size) for rank, shard in enumerate(turn)]
+        files |= _write_shard(plans, exchange, path, failures)
+    shared = shared_tensors(collection, state=state)
+    if shared and exchange.rank == 0:
+        files |= failures.attempt(lambda: {SHARED_FILE: save_tensors(path / SHARED_FILE, shared)}) or {}
+    exchange.agree(failures.first)
+    index = {"metadata": _metadata(collection, row_sets, shards, state=state)}
+    if exchange.rank == 0:
+        files |= failures.attempt(lambda: _publish(path, index)) or {}
+    exchange.agree(failures.first)
+    return files
+
+
+class _Failures:
+    """The first exception of this rank; the others must hear of it at the next agreement, not in a collective."""
+
+    first: Exception | None = None
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """The result of an action, or None after a failure, of it or of an earlier one."""
+        if self.first is None:
+            try:
+                return action()
+            except Exception as error:
+                self.first = error
+        return None
+
+
+def _row_sets(collection: "DynamicEmbeddingCollection", *, state: bool) -> list[ShardedRows]:
+    """What goes into the files, with the rows of all ranks counted. Collective."""
+    exchange, failures = collection.exchange, _Failures()
+    found = failures.attempt(lambda: [_table_rows(collection, name, state=state) for name in collection.table_names])
+    exchange.agree(failures.first)
+    assert found is not None
+    counts = exchange.sum_tensor(torch.stack([rows.local_rows_per_bucket for rows in found]))
+    for rows, count in zip(found, counts, strict=True):
+        rows.set_rows_per_bucket(count)
+    return found
+
+
+def _table_rows(collection: "DynamicEmbeddingCollection", name: str, *, state: bool) -> ShardedRows:
+    position, logical = collection.placement[name]
+    table = collection.physical[position]
+    ids, handles = table.sorted_keys(logical)
+    columns = table.columns(state=state)
+    return ShardedRows(name, ids, columns, lambda column, start, stop: table.read_column(column, handles[start:stop]))
+
+
+def _turns(shards: list[Shard], world_size: int) -> list[list[Shard | None]]:
+    """Who writes what: turns in which each rank writes at most one shard, one of those whose first bucket it owns."""
+    queues: list[list[Shard]] = [[] for _ in range(world_size)]
+    for shard in shards:
+        queues[shard.first * world_size // NUM_BUCKETS].append(shard)
+    longest = max(map(len, queues))
+    return [[queue[i] if i < len(queue) else None for queue in queues] for i in range(longest)]
+
+
+def _plan(shard: Shard | None, row_sets: list[ShardedRows], writer: int, world_size: int) -> ShardPlan | None:
+    if shard is None:
+        return None
+    return ShardPlan(shard, row_sets, writer=writer, world_size=world_size, piece_bytes=PIECE_BYTES)
+
+
+def _write_shard(
+    plans: list[ShardPlan | None], exchange: "Exchange", folder: Path, failures: _Failures
+) -> dict[str, Fingerprint]:
+    """Write this rank's shard of a turn and send what the others need for theirs. Collective."""
+    mine = plans[exchange.rank]
+    writer = None
+    if mine is not None:
+        writer = failures.attempt(partial(TensorFileWriter, folder / mine.shard.file, mine.layout))
+    for data in stream_pieces(plans, exchange, failures.attempt):
+        if writer is not None and data is not None:  # after a failure only the collectives go on
+            failures.attempt(partial(writer.write, data))
+    if mine is None or writer is None:
+        return {}
+    if failures.first is not None:
+        writer.close(failures.first)
+        return {}
+    failures.attempt(writer.close)
+    return {mine.shard.file: writer.fingerprint}
+
+
+def _publish(folder: Path, index: Mapping[str, Any]) -> dict[str, Fingerprint]:
+    fingerprint = write_text(folder / INDEX_NAME, json.dumps(index, indent=2))
+    for stale in set(folder.glob("embeddings-*-of-*.safetensors")) - {folder / name for name in shard_files(index)}:
+        stale.unlink()
+    flush(folder)
+    return {INDEX_NAME: fingerprint}
+
+
+def _metadata(
+    collection: "DynamicEmbeddingCollection", row_sets: list[ShardedRows], shards: list[Shard], *, state: bool
+) -> dict[str, Any]:
+    optimizer = collection.optimizer
+    return {
+        "format_version": FORMAT_VERSION,
+        "hash_version": HASH_VERSION,
+        "num_buckets": NUM_BUCKETS,
+        "seed": collection.seed,
+        "tables": [config.to_dict() for config in collection.tables.values()],
+        "optimizer": describe_optimizer(type(optimizer).__name__, collection.physical[0]) if state else None,
+        "rows": {rows.name: rows.count(0, NUM_BUCKETS) for rows in row_sets},
+        "shared_rows": [name for name, config in collection.tables.items() if config.unknown == "shared"],
+        "shards": [
+            {
+                "file": shard.file,
+                "buckets": [shard.first, shard.end],
+                "rows": {rows.name: rows.count(shard.first, shard.end) for rows in row_sets},
+            }
+            for shard in shards
+        ],
+    }

@@ -1,0 +1,183 @@
+"""safetensors files in pieces: written tensor by tensor as a stream, read by ranges of rows, mapped into memory."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .files import FileWriter, Fingerprint
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()} | {
+    "F64": torch.float64, "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+def file_order(layout: Layout) -> list[str]:
+    """Return the names in the order of the safetensors library: wide items first, so that all are aligned."""
+    return sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """Return the bytes of a contiguous tensor, uint8 [n], without a copy."""
+    return values.reshape(-1).view(torch.uint8)
+
+
+class TensorFileWriter:
+    """Writes a safetensors file of a known layout; the bytes of its tensors come in `file_order`, in any pieces.
+
+    Example:
+        with TensorFileWriter(path, {"ids": (torch.int64, (n,))}) as writer:
+            writer.write(as_bytes(ids))
+    """
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in file_order(layout):
+            dtype, shape = layout[name]
+            begin, end = end, end + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = FileWriter(path)
+        self._missing = end
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, values: Tensor) -> None:
+        """Append bytes, uint8 [n] in host memory, which must not change any more."""
+        self._missing -= len(values)
+        self._file.write(values.numpy())
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Size and checksum of the file, after the `with` block."""
+        return self._file.fingerprint
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Finish the file as the end of a `with` block does; with an error, drop it."""
+        assert error is not None or self._missing == 0, "the bytes are not those of the layout"
+        self._file.close(error)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Fingerprint:
+    """Write tensors that are in memory into a safetensors file; see `FileWriter`."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorFileWriter(path, layout) as writer:
+        for name in file_order(layout):
+            writer.write(as_bytes(tensors[name].detach().cpu().contiguous()))
+    return writer.fingerprint
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # byte of the file
+
+
+class TensorFile:
+    """A safetensors file that is open for reading; its header is checked against the file.
+
+    Raises:
+        ValueError: the file is cut short, or its header is not one. OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self.tensors: dict[str, StoredTensor] = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise ValueError(f"{self.path} has no tensor {name!r}")
+        return self.tensors[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows [start, stop) of a tensor (of its first axis), read from the disk."""
+        stored = self[name]
+        rows = stored.shape[0] if stored.shape else 1
+        stop = rows if stop is None else stop
+        assert 0 <= start <= stop <= rows
+        shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
+        values = torch.empty(shape, dtype=stored.dtype, device="cpu")
+        row_bytes = stored.dtype.itemsize * math.prod(stored.shape[1:])
+        self._read_into(as_bytes(values), stored.begin + start * row_bytes)
+        return values
+
+    def map(self, name: str) -> Tensor:
+        """Return a tensor whose pages are read when they are first touched; it keeps the file alive by itself."""
+        stored = self[name]
+        if stored.begin % stored.dtype.itemsize:
+            raise ValueError(f"{name!r} in {self.path} is not aligned and cannot be mapped: save the file again")
+        storage: Any = torch.UntypedStorage.from_file(str(self.path), False, os.fstat(self._descriptor).st_size)
+        values = torch.empty(0, dtype=stored.dtype, device="cpu")
+        strides = [math.prod(stored.shape[axis + 1 :]) for axis in range(len(stored.shape))]
+        return values.set_(storage, stored.begin // stored.dtype.itemsize, stored.shape, strides)
+
+    def _read_into(self, target: Tensor, at: int) -> None:
+        view = memoryview(target.numpy().data)
+        while len(view):
+            count = os.preadv(self._descriptor, [view], at)
+            if count == 0:
+                raise ValueError(f"{self.path} is cut short")
+            view, at = view[count:], at + count
+
+    def _read_header(self) -> dict[str, StoredTensor]:
+        size = os.fstat(self._descriptor).st_size
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise ValueError(f"{self.path} is cut short or no safetensors file: {size} bytes, a header of {length}")
+        try:
+            header = json.loads(os.pread(self._descriptor, length, 8))
+            header.pop("__metadata__", None)
+            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the header of {self.path} is damaged ({error!r})") from error
+        end, tensors = 0, {}
+        for name, (dtype, shape, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
+            numbers = (*shape, first, last)
+            if dtype not in _DTYPES or not all(type(n) is int and n >= 0 for n in numbers) or first != end:
+                raise ValueError(f"the header of {self.path} is damaged at {name!r}")
+            end = first + _DTYPES[dtype].itemsize * math.prod(shape)
+            if last != end:
+                raise ValueError(
+                    f"{name!r} in {self.path} has {last - first} bytes, not those of {dtype} {list(shape)}"
+                )
+            tensors[name] = StoredTensor(_DTYPES[dtype], shape, 8 + length + first)
+        if 8 + length + end != size:
+            raise ValueError(f"{self.path} has {size} bytes, its header describes {8 + length + end}")
+        return tensors
