@@ -345,6 +345,7 @@ def check_failed_save(rank: int, world_size: int, folder: Path) -> None:
     """A save that fails on one rank raises on all, leaves nothing of itself, and the older checkpoint still loads."""
     import grzoo.embeddings.engine.checkpoint as checkpoint
     import grzoo.embeddings.engine.dense_io as dense_io
+    import grzoo.embeddings.saving as saving
     import torch.distributed as dist
 
     recipe, layout = Recipe(), Layout(world_size, 2, 1)
@@ -356,8 +357,10 @@ def check_failed_save(rank: int, world_size: int, folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
     for module, name, fails_on in (
-        (dense_io, "save_file", 0),
-        (checkpoint.folders, "fingerprint", world_size - 1),
+        (dense_io, "save_tensors", 0),
+        (saving, "TensorFileWriter", 0),
+        (saving.TensorFileWriter, "write", 0),
+        (saving.ShardedRows, "read", world_size - 1),
         (checkpoint.folders, "publish", 0),
     ):
         original = getattr(module, name)
