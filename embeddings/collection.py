@@ -33,8 +33,8 @@ class DynamicEmbeddingCollection(nn.Module):
     """Embedding tables that grow: any int64 is a valid id, a row is born when training first sees its id.
 
     A module without parameters and buffers: `train()`/`eval()` reach it, while `state_dict()`, `.to()`, dtype casts,
-    DDP and ZeRO do not. Rows are float32 in host memory; tables of one width are merged into one physical table. With a
-    process group each rank owns the ids that hash to it, and lookups are collective.
+    DDP and ZeRO do not. Rows are in host memory; tables of one width and precision are merged into one physical one.
+    With a process group each rank owns the ids that hash to it, and lookups are collective.
 
     Args:
         tables: the logical tables (TableConfig or its dict), with distinct names.
@@ -316,12 +316,12 @@ def _by_name(what: str, configs: Sequence[Any]) -> dict[str, Any]:
 
 
 def _group(configs: Sequence[TableConfig], merge: bool) -> list[list[TableConfig]]:
-    """Tables that share a physical one: those of equal width, in the order given."""
+    """Tables that share a physical one: those of equal width and precision, in the order given."""
     if not merge:
         return [[config] for config in configs]
-    groups: dict[int, list[TableConfig]] = {}
+    groups: dict[tuple[int, str | None], list[TableConfig]] = {}
     for config in configs:
-        groups.setdefault(config.embedding_dim, []).append(config)
+        groups.setdefault((config.embedding_dim, config.rounding), []).append(config)
     return list(groups.values())
 
 

@@ -1,14 +1,17 @@
 """What a table and a feature are: JSON-only, strictly checked descriptions."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
+from .kernels.base import ROUNDINGS
 from .policies import check_initializer
 
 UNKNOWN_POLICIES = ("zeros", "initial", "shared")
 POOLINGS = ("none", "sum", "mean")
+ROW_DTYPES = ("float32", "bfloat16")
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -43,7 +46,7 @@ class _JsonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig(_JsonConfig):
-    """A logical table: 64-bit ids -> float32 rows.
+    """A logical table: 64-bit ids -> rows of numbers.
 
     Args:
         name: names the table in checkpoints, learning rates and statistics.
@@ -56,6 +59,9 @@ class TableConfig(_JsonConfig):
         unknown: what a lookup returns for an id that gets no row: "zeros", the "initial" value, or a "shared" row,
             which is trained by the gradients of all such ids.
         init_key: names the stream of initial values (default: the table's name, so that renaming needs it).
+        row_dtype: how rows are stored: "float32" or "bfloat16". Lookups give float32; optimizer state is float32.
+        row_rounding: how updates are rounded to bfloat16 rows: "stochastic" (the default: small updates are not lost,
+            the same bits on every rank and backend) or "nearest".
 
     Raises ValueError for values out of range.
     """
@@ -65,6 +71,8 @@ class TableConfig(_JsonConfig):
     initializer: dict[str, Any] = field(default_factory=_default_initializer)
     unknown: str = "zeros"
     init_key: str | None = None
+    row_dtype: str = "float32"
+    row_rounding: str | None = None
 
     def __post_init__(self) -> None:
         _check_name("table name", self.name)
@@ -78,6 +86,24 @@ class TableConfig(_JsonConfig):
             object.__setattr__(self, "init_key", self.name)
         elif not isinstance(self.init_key, str):
             raise ValueError(f"init_key of table {self.name!r} must be a string, got {self.init_key!r}")
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        if self.row_dtype not in ROW_DTYPES:
+            raise ValueError(f"row_dtype of table {self.name!r} must be one of {ROW_DTYPES}, got {self.row_dtype!r}")
+        if self.row_rounding is None:
+            return
+        if self.row_rounding not in ROUNDINGS:
+            raise ValueError(
+                f"row_rounding of table {self.name!r} must be one of {ROUNDINGS}, got {self.row_rounding!r}"
+            )
+        if self.row_dtype == "float32":
+            warnings.warn(f"row_rounding of table {self.name!r} has no effect: its rows are float32", stacklevel=4)
+
+    @property
+    def rounding(self) -> str | None:
+        """How updates are rounded to the rows: "stochastic" or "nearest", None for float32 rows."""
+        return None if self.row_dtype == "float32" else self.row_rounding or "stochastic"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def _check(collection: "DynamicEmbeddingCollection", metadata: Mapping[str, Any]
         ("tables", sorted(saved), sorted(collection.tables)),
     ]
     for name, config in collection.tables.items():
-        for field in ("embedding_dim", "initializer", "init_key"):
+        for field in ("embedding_dim", "initializer", "init_key", "row_dtype"):
             pairs.append((f"{field} of table {name!r}", getattr(saved.get(name), field, None), getattr(config, field)))
     for what, theirs, ours in pairs:
         if theirs != ours:

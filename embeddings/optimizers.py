@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .kernels import Slot
 from .reduction import RowGradients, agree_on_touched, reduce_gradients, squared_norm
@@ -169,16 +168,17 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if coefficient != 1.0:
                     gradients.grads.mul_(coefficient)
                 for hyper, positions in by_hyper.items():
-                    handles, grads = _of_tables(gradients, positions, all_tables=len(by_hyper) == 1)
-                    if len(handles):
-                        storage.update(self.rule, handles, grads, **dict(hyper))
+                    mine = _of_tables(gradients, positions, all_tables=len(by_hyper) == 1)
+                    if len(mine.handles):
+                        storage.update(self.rule, mine.handles, mine.grads, mine.keys, **dict(hyper))
 
 
-def _of_tables(rows: RowGradients, positions: list[int], *, all_tables: bool) -> tuple[Tensor, Tensor]:
+def _of_tables(rows: RowGradients, positions: list[int], *, all_tables: bool) -> RowGradients:
     if all_tables:
-        return rows.handles, rows.grads
+        return rows
     mine = torch.isin(rows.tables, torch.tensor(positions, dtype=torch.int32, device="cpu"))
-    return rows.handles[mine], rows.grads[mine]
+    keys = None if rows.keys is None else rows.keys[mine]
+    return RowGradients(rows.tables[mine], rows.handles[mine], rows.grads[mine], keys)
 
 
 def _rates(collection: "DynamicEmbeddingCollection", lr: LearningRate) -> dict[str, float]:

@@ -22,6 +22,7 @@ class RowGradients:
     tables: Tensor  # int32 [n]: logical table inside the physical one
     handles: Tensor  # int64 [n], distinct
     grads: Tensor  # float32 [n, dim]
+    keys: Tensor | None = None  # int64 [n], for the stochastic rounding of bfloat16 rows
     shared: "RowGradients | None" = None  # of the rows that ids without a row share: the same on all ranks
 
 
@@ -101,9 +102,10 @@ def _sum_by_owned(share: TableShare, grads: Tensor) -> Tensor:
 def _of_rows(share: TableShare, grads: Tensor, reached: Tensor) -> RowGradients:
     """Drop ids without a row and tables without a gradient."""
     keep = (share.handles >= 0) & reached[share.tables.long()]
-    if keep.all():
-        return RowGradients(share.tables, share.handles, grads)
-    return RowGradients(share.tables[keep], share.handles[keep], grads[keep])
+    tables, ids, handles = share.tables, share.ids, share.handles
+    if not keep.all():
+        tables, ids, handles, grads = tables[keep], ids[keep], handles[keep], grads[keep]
+    return RowGradients(tables, handles, grads, share.table.row_keys(tables, ids))
 
 
 def _sum_unknown(share: TableShare, grads: Tensor, reached: Tensor) -> Tensor:
@@ -119,20 +121,24 @@ def _of_shared(table: PhysicalTable, sums: Tensor, scale: float) -> RowGradients
     assert table.shared is not None
     tables = table.shared.tables[sums[table.shared.tables.long(), -1] > 0]
     grads = sums[tables.long(), :-1] * scale
-    return RowGradients(tables, table.shared.handles(tables), grads)
+    return RowGradients(tables, table.shared.handles(tables), grads, table.shared.keys(tables))
 
 
 def _sum_over_steps(share: TableShare, steps: list[RowGradients], scale: float) -> RowGradients:
     if len(steps) == 1:
         grads = steps[0].grads if scale == 1.0 else steps[0].grads * scale
-        return RowGradients(steps[0].tables, steps[0].handles, grads)
+        return RowGradients(steps[0].tables, steps[0].handles, grads, steps[0].keys)
     handles = torch.cat([step.handles for step in steps])
     unique = share.table.backend.unique(handles)
     tables = torch.empty(len(unique.ids), dtype=torch.int32, device="cpu")
     tables[unique.inverse] = torch.cat([step.tables for step in steps])
+    keys = None
+    if all_keys := [step.keys for step in steps if step.keys is not None]:
+        keys = torch.empty_like(unique.ids)
+        keys[unique.inverse] = torch.cat(all_keys)
     values = torch.cat([step.grads for step in steps])
     grads = share.table.backend.segment_sum(values, unique.inverse, len(unique.ids))
-    return RowGradients(tables, unique.ids, grads * scale)
+    return RowGradients(tables, unique.ids, grads * scale, keys)
 
 
 def _bytes_sent(step: Step, rank: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import TableConfig
 from .kernels import STEP_SLOT, RowInit, Slot, get_backend
+from .kernels.rounding import row_keys, table_keys
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -33,7 +34,8 @@ class SharedRows:
         self.tables = torch.tensor(
             [t for t, config in enumerate(configs) if config.unknown == "shared"], dtype=torch.int32, device="cpu"
         )
-        self.storage = get_backend("naive").create(configs[0].embedding_dim, laws)
+        self.storage = get_backend("naive").create(configs[0].embedding_dim, laws, configs[0].rounding)
+        self._row_keys = table_keys(laws)
         self._slots: tuple[Slot, ...] = ()
         handles, _ = self.storage.find_or_insert(self.tables, torch.zeros_like(self.tables, dtype=torch.int64))
         self._handles = torch.full((len(configs),), -1, dtype=torch.int64, device="cpu")  # by logical table
@@ -47,6 +49,10 @@ class SharedRows:
     def handles(self, tables: Tensor) -> Tensor:
         """Return the handle in `storage` of the shared row of each logical table int32 [n]; -1 where it has none."""
         return self._handles[tables.long()]
+
+    def keys(self, tables: Tensor) -> Tensor:
+        """Return the keys int64 [n] of the rounding of shared rows."""
+        return row_keys(self._row_keys, tables, torch.zeros_like(tables, dtype=torch.int64))
 
     def read(self, logical: int) -> dict[str, Tensor]:
         """Return "rows" float32 [1, dim], each slot float32 [1, width] and "step" int32 [1] of a logical table."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .config import TableConfig
 from .kernels import STEP_SLOT, Backend, RowInit, Slot, TableStorage, get_backend
+from .kernels.rounding import row_keys, table_keys
 from .policies import initial_rows, row_init
 from .pretrained import PretrainedRows, load_pretrained
 from .shared_rows import SharedRows
@@ -22,7 +23,8 @@ class PhysicalTable:
     def __init__(self, configs: Sequence[TableConfig], *, seed: int, backend: str) -> None:
         self.configs = tuple(configs)
         self.dim = configs[0].embedding_dim
-        assert all(config.embedding_dim == self.dim for config in configs)
+        self.rounding = configs[0].rounding
+        assert all((config.embedding_dim, config.rounding) == (self.dim, self.rounding) for config in configs)
         self.slots: tuple[Slot, ...] = ()
         self._seed = seed
         self._backend_name = backend
@@ -57,7 +59,7 @@ class PhysicalTable:
         if self._closed:
             raise RuntimeError("this embedding table was closed")
         if self._storage is None:
-            self._storage = self.backend.create(self.dim, self._laws())
+            self._storage = self.backend.create(self.dim, self._laws(), self.rounding)
             self._storage.set_slots(self.slots)
         return self._storage
 
@@ -71,6 +73,12 @@ class PhysicalTable:
 
     def _laws(self, suffix: str = "") -> list[RowInit]:
         return [row_init(c.initializer, self._seed, f"{c.init_key}{suffix}") for c in self.configs]
+
+    def row_keys(self, tables: Tensor, ids: Tensor) -> Tensor | None:
+        """Return the keys int64 [n] of pairs for the rounding of their updates; None where it needs none."""
+        if self.rounding != "stochastic":
+            return None
+        return row_keys(table_keys(self._laws()), tables, ids)
 
     def _pretrained(self) -> dict[int, PretrainedRows]:
         """The vectors of the logical tables that start from a file."""
@@ -146,7 +154,7 @@ class PhysicalTable:
         if (vectors := self._pretrained().get(logical)) is not None:
             place = vectors.find(ids)
             rows[place >= 0] = vectors.rows[place[place >= 0]]
-        return rows
+        return rows if self.rounding is None else rows.to(torch.bfloat16).float()
 
     def sorted_keys(self, logical: int) -> tuple[Tensor, Tensor]:
         """Return ids and handles int64 [n] of one logical table, sorted by (bucket, id), in host memory."""
@@ -159,7 +167,8 @@ class PhysicalTable:
 
     def columns(self, *, state: bool) -> dict[str, tuple[torch.dtype, int]]:
         """Return what a row has in files, beside its id: name -> dtype and width (0: one number, without an axis)."""
-        columns: dict[str, tuple[torch.dtype, int]] = {"rows": (torch.float32, self.dim)}
+        dtype = torch.float32 if self.rounding is None else torch.bfloat16
+        columns: dict[str, tuple[torch.dtype, int]] = {"rows": (dtype, self.dim)}
         if state:
             columns |= {slot.name: (torch.float32, slot.width) for slot in self.slots}
             columns[STEP_SLOT] = (torch.int32, 0)
@@ -168,16 +177,17 @@ class PhysicalTable:
     def read_column(self, column: str, handles: Tensor) -> Tensor:
         """Return one of `columns` of some rows, [n, width] or [n], in host memory."""
         if column == "rows":
-            return self.storage.gather(handles).cpu()
+            return self.storage.gather(handles).to("cpu", self.columns(state=False)["rows"][0])
         values = self.storage.gather_slot(column, handles).cpu()
         return values.flatten() if column == STEP_SLOT else values
 
     def read(self, handles: Tensor) -> dict[str, Tensor]:
         """Return all columns: "rows" float32 [n, dim], each slot float32 [n, width] and "step" int32 [n]."""
-        return {column: self.read_column(column, handles) for column in self.columns(state=True)}
+        values = {column: self.read_column(column, handles) for column in self.columns(state=True)}
+        return values | {"rows": values["rows"].float()}
 
     def write(self, tables: Tensor, ids: Tensor, rows: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Insert or overwrite rows (distinct pairs); state that is not given starts as in a new row."""
+        """Insert or overwrite rows (distinct pairs, float32 or as in files); state not given starts as in a new row."""
         count = len(ids)
         slots = {
             slot.name: state[slot.name] if slot.name in state else torch.full((count, slot.width), slot.fill)
@@ -185,4 +195,4 @@ class PhysicalTable:
         }
         step = state[STEP_SLOT] if STEP_SLOT in state else torch.zeros(count, dtype=torch.int32)
         handles, _ = self.storage.find_or_insert(tables, ids)
-        self.storage.scatter(handles, rows, slots | {STEP_SLOT: step.reshape(count, 1)})
+        self.storage.scatter(handles, rows.float(), slots | {STEP_SLOT: step.reshape(count, 1)})

@@ -14,6 +14,7 @@ from grzoo.embeddings.hashing import bucket
 from torch import Tensor
 
 STEP_SLOT = "step"  # int32 [n, 1], always present: how many updates the row has had
+ROUNDINGS = ("stochastic", "nearest")  # of updates to bfloat16 rows
 RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
 
 
@@ -87,13 +88,19 @@ class TableStorage(Protocol):
         """
 
     def gather(self, handles: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return rows float32 [n, dim], in `out` when given; zeros where the handle is -1. Handles may repeat."""
+        """Return rows float32 [n, dim], in `out` when given; zeros where the handle is -1. Handles may repeat.
+
+        Those of bfloat16 rows are exact.
+        """
 
     def gather_slot(self, name: str, handles: Tensor) -> Tensor:
         """Return [n, width] of a slot: float32, or int32 [n, 1] for "step". Handles are valid."""
 
     def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
-        """Overwrite rows (float32 [n, dim], None = leave) and the named slots. Handles are valid and distinct."""
+        """Overwrite rows (float32 [n, dim], None = leave) and the named slots. Handles are valid and distinct.
+
+        bfloat16 rows take the nearest values.
+        """
 
     def erase(self, tables: Tensor, ids: Tensor) -> int:
         """Delete rows with their state and return how many there were. Absent pairs are ignored.
@@ -101,11 +108,12 @@ class TableStorage(Protocol):
         A pair that is inserted again starts afresh: initial value, fill values, step 0.
         """
 
-    def update(self, rule: str, handles: Tensor, grads: Tensor, **hyper: float) -> None:
+    def update(self, rule: str, handles: Tensor, grads: Tensor, keys: Tensor | None = None, **hyper: float) -> None:
         """Apply one optimizer step to rows, in place.
 
         `rule` is one of RULES, with the formulas, slots and hyperparameters of `kernels/rules.py`; `grads` is float32
-        [n, dim]; handles are valid and distinct. The step slot of each row is increased by one first.
+        [n, dim]; handles are valid and distinct. The step slot of each row is increased by one first. The result goes
+        to bfloat16 rows by `kernels/rounding.py`; `keys` int64 [n] are those of the rows where that is stochastic.
         """
 
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,8 +149,12 @@ class Backend(Protocol):
     def name(self) -> str:
         """The name that `get_backend` knows it by."""
 
-    def create(self, dim: int, inits: Sequence[RowInit]) -> TableStorage:
-        """Return an empty storage of float32 rows [dim]; `inits[t]` is the initial law of logical table t."""
+    def create(self, dim: int, inits: Sequence[RowInit], rounding: str | None = None) -> TableStorage:
+        """Return an empty storage of rows [dim]; `inits[t]` is the initial law of logical table t.
+
+        Rows are float32, or bfloat16 when `rounding` (one of ROUNDINGS) says how their updates are rounded. Initial
+        values are rounded to the nearest. The state is float32.
+        """
 
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         """Return the distinct ids int64 (or pairs, when `tables` int32 is given) in first-seen order."""

@@ -6,7 +6,8 @@ import torch
 from grzoo.embeddings.policies import initial_rows
 from torch import Tensor
 
-from .base import STEP_SLOT, Backend, RowInit, Slot, TableStorage, Unique
+from .base import ROUNDINGS, STEP_SLOT, Backend, RowInit, Slot, TableStorage, Unique
+from .rounding import round_stochastic
 from .rules import APPLY
 
 _FIRST_CAPACITY = 64
@@ -15,13 +16,15 @@ _FIRST_CAPACITY = 64
 class NaiveStorage(TableStorage):
     """A handle is a row number of tensors that double when full; freed rows are used again, last freed first."""
 
-    def __init__(self, dim: int, inits: Sequence[RowInit]) -> None:
+    def __init__(self, dim: int, inits: Sequence[RowInit], rounding: str | None = None) -> None:
+        assert rounding is None or rounding in ROUNDINGS
         self._dim = dim
+        self._rounding = rounding
         self._inits = list(inits)
         self._index: list[dict[int, int]] | None = [{} for _ in inits]  # id -> handle; None once closed
         self._free: list[int] = []
         self._layout: dict[str, Slot] = {}
-        self._rows = torch.zeros(0, dim, dtype=torch.float32, device="cpu")
+        self._rows = torch.zeros(0, dim, dtype=torch.bfloat16 if rounding else torch.float32, device="cpu")
         self._slots = {STEP_SLOT: torch.zeros(0, 1, dtype=torch.int32, device="cpu")}
 
     @property
@@ -83,7 +86,7 @@ class NaiveStorage(TableStorage):
     def _fill(self, handles: Tensor, tables: Tensor, ids: Tensor) -> None:
         for t, init in enumerate(self._inits):
             mine = tables == t
-            self._rows[handles[mine]] = initial_rows(init, ids[mine], self._dim)
+            self._rows[handles[mine]] = initial_rows(init, ids[mine], self._dim).to(self._rows.dtype)
         for name, values in self._slots.items():
             values[handles] = self._layout[name].fill if name in self._layout else 0
 
@@ -92,9 +95,9 @@ class NaiveStorage(TableStorage):
         known = handles >= 0
         if len(self._rows) == 0:
             assert not known.any(), "handle of another table"
-            rows = self._rows.new_zeros(len(handles), self._dim)
+            rows = torch.zeros(len(handles), self._dim, dtype=torch.float32, device="cpu")
         else:
-            rows = self._rows.index_select(0, handles.clamp(min=0)).mul_(known[:, None])
+            rows = self._rows.index_select(0, handles.clamp(min=0)).float().mul_(known[:, None])
         return rows if out is None else out.copy_(rows)
 
     def gather_slot(self, name: str, handles: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class NaiveStorage(TableStorage):
     def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
         assert self._open_index is not None
         if rows is not None:
-            self._rows.index_copy_(0, handles, rows)
+            self._rows.index_copy_(0, handles, rows.to(self._rows.dtype))
         for name, values in slots.items():
             self._slots[name].index_copy_(0, handles, values)
 
@@ -115,12 +118,15 @@ class NaiveStorage(TableStorage):
         self._free.extend(freed)
         return len(freed)
 
-    def update(self, rule: str, handles: Tensor, grads: Tensor, **hyper: float) -> None:
+    def update(self, rule: str, handles: Tensor, grads: Tensor, keys: Tensor | None = None, **hyper: float) -> None:
         assert self._open_index is not None
-        rows = self._rows.index_select(0, handles)
+        rows = self._rows.index_select(0, handles).float()
         slots = {name: values.index_select(0, handles) for name, values in self._slots.items()}
         steps = slots[STEP_SLOT].add_(1)
         APPLY[rule](rows, grads, slots, steps.long(), **hyper)
+        if self._rounding == "stochastic":
+            assert keys is not None
+            rows = round_stochastic(rows, keys, steps.flatten().long())
         self.scatter(handles, rows, slots)
 
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,8 +159,8 @@ class NaiveBackend(Backend):
     def name(self) -> str:
         return "naive"
 
-    def create(self, dim: int, inits: Sequence[RowInit]) -> TableStorage:
-        return NaiveStorage(dim, inits)
+    def create(self, dim: int, inits: Sequence[RowInit], rounding: str | None = None) -> TableStorage:
+        return NaiveStorage(dim, inits, rounding)
 
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         order = torch.argsort(ids, stable=True)

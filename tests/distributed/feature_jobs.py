@@ -30,7 +30,7 @@ def build(vectors: str) -> DynamicEmbeddingCollection:
     pretrained = {"kind": "pretrained", "file": vectors, "otherwise": uniform}
     tables = [
         TableConfig(name="item", embedding_dim=4, initializer=pretrained),
-        TableConfig(name="word", embedding_dim=6, initializer=uniform),
+        TableConfig(name="word", embedding_dim=6, initializer=uniform, row_dtype="bfloat16"),
         TableConfig(name="user", embedding_dim=4, initializer=uniform, unknown="shared"),
     ]
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None

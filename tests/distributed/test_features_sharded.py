@@ -1,4 +1,4 @@
-"""Law 1 and S10, S21 for pooled features, shared rows and pretrained rows on three gloo ranks."""
+"""Law 1 and S10, S21 for pooled features, shared rows, pretrained and bfloat16 rows on three gloo ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,16 @@ def by_id(parts: list[Any]) -> dict[tuple[str, int, str], Any]:
     }
 
 
-def assert_close(a: Any, b: Any) -> None:
-    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=2e-6, atol=2e-6)
+def assert_close(a: Any, b: Any, tolerance: float = 2e-6) -> None:
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=tolerance, atol=2e-6)
 
 
 def test_law1_s10_rows_and_shared_rows_do_not_depend_on_the_number_of_ranks(alone: Any, ranks: list[Any]) -> None:
     expected, found = by_id([alone]), by_id([rank["train"] for rank in ranks])
     assert set(expected) == set(found) and len(expected) > 100
     for key, value in expected.items():
-        assert_close(found[key], value)
+        tolerance = 2**-6 if key[::2] == ("word", "rows") else 2e-6  # bfloat16: sums may round to the other neighbour
+        assert_close(found[key], value, tolerance)
     for rank in ranks:
         assert rank["train"]["shared"] == ranks[0]["train"]["shared"], "replicas are the same bits"
         assert rank["train"]["norms"] == pytest.approx(alone["norms"], rel=1e-5)

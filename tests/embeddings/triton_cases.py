@@ -10,6 +10,7 @@ from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, SparseAd
 from grzoo.embeddings.kernels import RowInit, Slot, TableStorage, get_backend
 from grzoo.embeddings.kernels.base import RULES
 from grzoo.embeddings.kernels.naive import NaiveStorage
+from grzoo.embeddings.kernels.rounding import row_keys, table_keys
 from grzoo.embeddings.kernels.triton.function_kernels import claim_first_kernel
 from grzoo.embeddings.kernels.triton.launch import blocks, default_device
 from grzoo.embeddings.kernels.triton.storage import TritonStorage
@@ -498,3 +499,46 @@ def test_a_collection_trains_the_same_rows_as_with_naive_tables() -> None:
         assert torch.equal(table.pop("ids"), naive.pop("ids")) and torch.equal(table.pop("step"), naive.pop("step"))
         for name, values in naive.items():
             assert_close(table[name], values)
+
+
+# ---- bfloat16 rows ----
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("dim", [1, 7, 16])
+def test_s15_bfloat16_rows_have_the_bits_of_the_naive_ones(dim: int, rounding: str) -> None:
+    storages = TritonStorage(dim, INITS, rounding, shift=SHIFT), NaiveStorage(dim, INITS, rounding)
+    tables, ids = pairs(70)
+    keys = row_keys(table_keys(INITS), tables, ids)
+    found = []
+    for storage in storages:
+        handles, _ = storage.find_or_insert(tables, ids)
+        storage.scatter(handles[:3], torch.full((3, dim), 1.003), {})
+        for step in range(3):
+            grads = torch.randn(60, dim, generator=torch.Generator().manual_seed(step))
+            some = slice(step, step + 60)
+            storage.update("sgd", handles[some], grads, keys[some], lr=0.01, momentum=0.0, weight_decay=0.0)
+        found.append(storage.gather(torch.cat([handles, torch.tensor([-1])])))
+    assert torch.equal(*found) and torch.equal(found[0], found[0].bfloat16().float())
+    absent = storages[0].gather_or_initial(torch.full_like(ids, -1), tables, ids)
+    plain = NaiveStorage(dim, INITS)
+    assert torch.equal(absent, plain.gather(plain.find_or_insert(tables, ids)[0]).bfloat16().float())
+
+
+def test_s15_the_state_of_bfloat16_rows_is_float32() -> None:
+    slots = [Slot("exp_avg", 8), Slot("exp_avg_sq", 8)]
+    hyper = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 0.0}
+    storages = TritonStorage(8, INITS, "nearest", shift=SHIFT), NaiveStorage(8, INITS, "nearest")
+    tables, ids = pairs(70)
+    found = []
+    for storage in storages:
+        storage.set_slots(slots)
+        handles, _ = storage.find_or_insert(tables, ids)
+        for step in range(3):
+            grads = torch.randn(70, 8, generator=torch.Generator().manual_seed(step))
+            storage.update("adamw", handles, grads, **hyper)
+        state = storage.gather_slot("exp_avg_sq", handles), storage.gather_slot("step", handles)
+        found.append((storage.gather(handles), *state))
+    assert_close(found[0][1], found[1][1])
+    assert torch.equal(found[0][2], found[1][2])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2**-7, atol=1e-7)

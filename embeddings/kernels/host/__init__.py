@@ -23,8 +23,8 @@ class HostBackend(Backend):
     def name(self) -> str:
         return "host"
 
-    def create(self, dim: int, inits: Sequence[RowInit]) -> TableStorage:
-        return HostStorage(dim, inits)
+    def create(self, dim: int, inits: Sequence[RowInit], rounding: str | None = None) -> TableStorage:
+        return HostStorage(dim, inits, rounding)
 
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         return unique(ids, tables)

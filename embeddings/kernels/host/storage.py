@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from ctypes import byref, c_float, c_int64, c_void_p
 
 import torch
-from grzoo.embeddings.kernels.base import RULES, STEP_SLOT, RowInit, Slot, TableStorage
+from grzoo.embeddings.kernels.base import ROUNDINGS, RULES, STEP_SLOT, RowInit, Slot, TableStorage
 from torch import Tensor
 
 from .library import Hyper, call, library, num_threads, pointer
@@ -35,9 +35,11 @@ class HostStorage(TableStorage):
     `MemoryError` is raised, with the table unchanged, before growth takes what the machine needs to live.
     """
 
-    def __init__(self, dim: int, inits: Sequence[RowInit]) -> None:
+    def __init__(self, dim: int, inits: Sequence[RowInit], rounding: str | None = None) -> None:
+        assert rounding is None or rounding in ROUNDINGS
+        self._rounding = rounding
         address = c_void_p()
-        call("storage_new", dim, byref(address))
+        call("storage_new", dim, int(rounding is not None), byref(address))
         self._dim = dim
         self._address: c_void_p | None = address
         self._finalizer = weakref.finalize(self, library().grzoo_storage_free, address)
@@ -119,11 +121,16 @@ class HostStorage(TableStorage):
         call("storage_erase", self._open, *self._pairs(tables, ids), len(ids), byref(erased))
         return erased.value
 
-    def update(self, rule: str, handles: Tensor, grads: Tensor, **hyper: float) -> None:
+    def update(self, rule: str, handles: Tensor, grads: Tensor, keys: Tensor | None = None, **hyper: float) -> None:
         storage, n = self._open, len(handles)
         number, slots, values = self._rule(rule, hyper)
         source = pointer(grads, torch.float32, n, self._dim, name="grads")
-        call("storage_update", storage, number, slots, self._handles(handles), n, source, byref(values), num_threads())
+        of_rows = None
+        if self._rounding == "stochastic":
+            assert keys is not None
+            of_rows = pointer(keys, torch.int64, n, name="keys")
+        where, hypers = self._handles(handles), byref(values)
+        call("storage_update", storage, number, slots, where, n, source, of_rows, hypers, num_threads())
 
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:
         n = len(self)

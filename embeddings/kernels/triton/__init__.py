@@ -15,10 +15,10 @@ class TritonBackend(Backend):
     def name(self) -> str:
         return "triton"
 
-    def create(self, dim: int, inits: Sequence[RowInit]) -> TableStorage:
+    def create(self, dim: int, inits: Sequence[RowInit], rounding: str | None = None) -> TableStorage:
         from .storage import TritonStorage
 
-        return TritonStorage(dim, inits)
+        return TritonStorage(dim, inits, rounding)
 
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         from .functions import unique

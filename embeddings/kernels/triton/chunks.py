@@ -7,7 +7,15 @@ from torch import Tensor
 from . import row_kernels as kernels
 from .launch import WIDER, blocks, on
 
+_ONE_CHUNK = 40  # a shift that puts any number of rows into the first chunk
 _TILE = 1024  # elements of a program: 8 per thread of four warps
+
+
+def shape_of(width: int, shift: int) -> dict[str, int]:
+    """Compile-time arguments of the kernels that read or write whole rows of a width."""
+    padded = triton.next_power_of_2(width)
+    rows = WIDER * min(128, max(1, _TILE // padded))
+    return {"WIDTH": width, "PADDED": padded, "SHIFT": shift, "ROWS": rows}
 
 
 class Chunks:
@@ -18,6 +26,13 @@ class Chunks:
         self.width, self.shift, self.dtype, self.device = width, shift, dtype, device
         self.chunks: list[Tensor] = []
         self.pointers = torch.empty(0, dtype=torch.int64, device=device)  # the chunks' addresses
+
+    @classmethod
+    def holding(cls, values: Tensor) -> "Chunks":
+        """Return rows in one chunk that is the tensor [n, width] itself: handle i is row i."""
+        rows = cls(values.shape[1], _ONE_CHUNK, values.dtype, values.device)
+        rows.append([values])
+        return rows
 
     @property
     def capacity(self) -> int:
@@ -44,9 +59,7 @@ class Chunks:
     @property
     def shape(self) -> dict[str, int]:
         """Compile-time arguments of the kernels that read or write whole rows."""
-        padded = triton.next_power_of_2(self.width)
-        rows = WIDER * min(128, max(1, _TILE // padded))
-        return {"WIDTH": self.width, "PADDED": padded, "SHIFT": self.shift, "ROWS": rows}
+        return shape_of(self.width, self.shift)
 
     def gather(self, handles: Tensor, out: Tensor | None = None) -> Tensor:
         """Return [n, width], zeros where the handle is -1; in `out` (contiguous, on the device) when given."""

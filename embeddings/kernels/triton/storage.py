@@ -6,8 +6,9 @@ import torch
 from grzoo.embeddings.kernels.base import STEP_SLOT, BackendUnavailable, RowInit, Slot, TableStorage
 from torch import Tensor
 
-from . import row_kernels, updates
-from .chunks import Chunks
+from . import halves, row_kernels, updates
+from .chunks import Chunks, shape_of
+from .halves import HalfChunks
 from .index import KeyIndex
 from .launch import blocks, default_device, on
 from .laws import Laws
@@ -30,7 +31,12 @@ class TritonStorage(TableStorage):
     """
 
     def __init__(
-        self, dim: int, inits: Sequence[RowInit], device: torch.device | None = None, shift: int | None = None
+        self,
+        dim: int,
+        inits: Sequence[RowInit],
+        rounding: str | None = None,
+        device: torch.device | None = None,
+        shift: int | None = None,
     ) -> None:
         device = device or default_device()
         if device is None:
@@ -43,7 +49,8 @@ class TritonStorage(TableStorage):
         self._laws = Laws(inits, device)
         self._index: KeyIndex | None = KeyIndex(device)  # None once closed
         self._layout: dict[str, Slot] = {}
-        self._rows = self._chunks(dim)
+        self._rounding = rounding
+        self._rows = HalfChunks(dim, self._shift, device) if rounding else self._chunks(dim)
         self._slots = {STEP_SLOT: self._chunks(1, torch.int32)}
 
     def _chunks(self, width: int, dtype: torch.dtype = torch.float32) -> Chunks:
@@ -105,10 +112,14 @@ class TritonStorage(TableStorage):
             array.append(new)
 
     def _initialize(self, new: Tensor, tables: Tensor, ids: Tensor, positions: Tensor) -> None:
-        shape, n = self._rows.shape, len(new)
-        args = self._rows.pointers, new, *self._laws.tensors, tables, ids, positions, n
-        with on(self._device):
-            row_kernels.initialize_kernel[blocks(n, shape["ROWS"])](*args, **shape)
+        if isinstance(self._rows, HalfChunks):
+            absent = torch.full_like(new, -1)
+            self._rows.scatter(new, self._rows_or_initial(absent, tables[positions], ids[positions]))
+        else:
+            shape, n = self._rows.shape, len(new)
+            args = self._rows.pointers, new, *self._laws.tensors, tables, ids, positions, n
+            with on(self._device):
+                row_kernels.initialize_kernel[blocks(n, shape["ROWS"])](*args, **shape)
         for name, array in self._slots.items():
             array.fill(new, self._layout[name].fill if name in self._layout else 0.0)
 
@@ -123,13 +134,23 @@ class TritonStorage(TableStorage):
     def gather_or_initial(self, handles: Tensor, tables: Tensor, ids: Tensor) -> Tensor:
         """Return rows float32 [n, dim]; where the handle is -1, the initial value of the pair."""
         assert self._open is not None
-        here, n, shape = self._here(handles), len(handles), self._rows.shape
+        here, pairs = self._here(handles), self._pairs(tables, ids)
+        if isinstance(self._rows, HalfChunks):
+            fresh = self._rows_or_initial(torch.full_like(here, -1), *pairs).to(torch.bfloat16).float()
+            rows = torch.where((here < 0)[:, None], fresh, self._rows.gather(here))
+        else:
+            rows = self._rows_or_initial(here, *pairs)
+        return rows.to(handles.device)
+
+    def _rows_or_initial(self, handles: Tensor, tables: Tensor, ids: Tensor) -> Tensor:
+        """float32 rows, or initial values where the handle is -1."""
+        n, shape = len(handles), shape_of(self._dim, self._shift)
         out = torch.empty(n, self._dim, dtype=torch.float32, device=self._device)
         if n:
-            args = self._rows.pointers, here, *self._laws.tensors, *self._pairs(tables, ids), out, n
+            args = self._rows.pointers, handles, *self._laws.tensors, tables, ids, out, n
             with on(self._device):
                 row_kernels.gather_initial_kernel[blocks(n, shape["ROWS"])](*args, **shape)
-        return out.to(handles.device)
+        return out
 
     def gather_slot(self, name: str, handles: Tensor) -> Tensor:
         assert self._open is not None
@@ -146,9 +167,17 @@ class TritonStorage(TableStorage):
     def erase(self, tables: Tensor, ids: Tensor) -> int:
         return self._open.erase(*self._pairs(tables, ids))
 
-    def update(self, rule: str, handles: Tensor, grads: Tensor, **hyper: float) -> None:
+    def update(self, rule: str, handles: Tensor, grads: Tensor, keys: Tensor | None = None, **hyper: float) -> None:
         assert self._open is not None
-        updates.apply(rule, self._rows, self._slots, self._here(handles), self._here(grads), **hyper)
+        here, gradients = self._here(handles), self._here(grads)
+        if not isinstance(self._rows, HalfChunks):
+            updates.apply(rule, self._rows, self._slots, here, gradients, **hyper)
+            return
+        of_rows = None
+        if self._rounding == "stochastic":
+            assert keys is not None
+            of_rows = self._here(keys)
+        halves.apply(rule, self._rows, self._slots, here, gradients, of_rows, **hyper)
 
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._open.keys()

@@ -30,9 +30,9 @@ namespace {
 using Key = std::pair<int32_t, int64_t>;
 std::vector<float> quantiles(65536, 0.5f);
 
-GrzooStorage* make(int64_t dim) {
+GrzooStorage* make(int64_t dim, int bfloat16) {
     GrzooStorage* storage = nullptr;
-    CHECK(grzoo_storage_new(dim, &storage) == GRZOO_OK);
+    CHECK(grzoo_storage_new(dim, bfloat16, &storage) == GRZOO_OK);
     for (int32_t table = 0; table < 3; ++table)
         CHECK(grzoo_storage_initializer(storage, table, table, 7 + table, 0.25f, quantiles.data()) == GRZOO_OK);
     return storage;
@@ -58,7 +58,7 @@ void set_layout(GrzooStorage* storage, const Layout& layout) {
 
 class Fuzz {
 public:
-    Fuzz(uint64_t seed, int64_t dim) : random_(seed), dim_(dim), storage_(make(dim)) { relayout(); }
+    Fuzz(uint64_t seed, int64_t dim) : random_(seed), dim_(dim), storage_(make(dim, static_cast<int>(seed % 2))) { relayout(); }
     ~Fuzz() { grzoo_storage_free(storage_); }
 
     void round() {
@@ -144,8 +144,8 @@ private:
         std::vector<float> grads(handles_.size() * static_cast<size_t>(dim_), 0.5f);
         const GrzooHyper hyper{0.1, 0.9, 0.9, 0.999, 1e-8, 0.01, random_() % 2 ? 0.0 : 3.0};
         const int64_t slots[2] = {0, 1};
-        CHECK(grzoo_storage_update(storage_, layout_.rule, slots, handles_.data(), static_cast<int64_t>(handles_.size()), grads.data(), &hyper,
-                                   threads()) == GRZOO_OK);
+        CHECK(grzoo_storage_update(storage_, layout_.rule, slots, handles_.data(), static_cast<int64_t>(handles_.size()), grads.data(),
+                                   random_() % 2 ? handles_.data() : nullptr, &hyper, threads()) == GRZOO_OK);
     }
 
     void state() {
@@ -229,7 +229,7 @@ private:
 
 // Several threads insert, find and update in one storage, each in its own ids; the pool is shared by all.
 void share(uint64_t seed, int rounds) {
-    GrzooStorage* storage = make(8);
+    GrzooStorage* storage = make(8, 1);
     set_layout(storage, layout_of(GRZOO_ADAM, 8));
     std::vector<std::thread> workers;
     for (int worker = 0; worker < 4; ++worker)
@@ -246,7 +246,7 @@ void share(uint64_t seed, int rounds) {
                 int64_t count = 0;
                 CHECK(grzoo_storage_find_or_insert(storage, tables.data(), ids.data(), n, handles.data(), &count, 3) == GRZOO_OK);
                 CHECK(grzoo_storage_gather(storage, handles.data(), n, rows.data(), 3) == GRZOO_OK);
-                CHECK(grzoo_storage_update(storage, GRZOO_ADAM, slots, handles.data(), n, rows.data(), &hyper, 3) == GRZOO_OK);
+                CHECK(grzoo_storage_update(storage, GRZOO_ADAM, slots, handles.data(), n, rows.data(), ids.data(), &hyper, 3) == GRZOO_OK);
                 if (random() % 2) CHECK(grzoo_storage_erase(storage, tables.data(), ids.data(), n, &count) == GRZOO_OK);
             }
         });

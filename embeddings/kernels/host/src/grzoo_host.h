@@ -34,7 +34,8 @@ int grzoo_segment_sum(const float* values, const int64_t* index, int64_t n, int6
 int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out,
                     int threads);
 
-int grzoo_storage_new(int64_t dim, GrzooStorage** out);
+// bfloat16 != 0: rows are that, state and all that is given and returned is float32
+int grzoo_storage_new(int64_t dim, int bfloat16, GrzooStorage** out);
 void grzoo_storage_free(GrzooStorage* storage);
 // value: the float32 factor of the law; quantiles: 65,536 floats that outlive the storage, or null
 int grzoo_storage_initializer(GrzooStorage* storage, int32_t table, int kind, int64_t key, float value,
@@ -54,8 +55,9 @@ int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_
 int grzoo_storage_gather_step(GrzooStorage* storage, const int64_t* handles, int64_t n, int32_t* out);
 int grzoo_storage_scatter_step(GrzooStorage* storage, const int64_t* handles, int64_t n, const int32_t* steps);
 int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* erased);
+// keys: of the rows, for the stochastic rounding of bfloat16; null: to the nearest
 int grzoo_storage_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t n,
-                         const float* grads, const GrzooHyper* hyper, int threads);
+                         const float* grads, const int64_t* keys, const GrzooHyper* hyper, int threads);
 int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int64_t* handles);
 int64_t grzoo_storage_size(GrzooStorage* storage);
 int64_t grzoo_storage_bytes(GrzooStorage* storage);

@@ -79,10 +79,10 @@ int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int
     return guarded([&] { grzoo::take_rows(values, rows, index, n, dim, out, threads); });
 }
 
-int grzoo_storage_new(int64_t dim, GrzooStorage** out) {
+int grzoo_storage_new(int64_t dim, int bfloat16, GrzooStorage** out) {
     return guarded([&] {
         if (dim <= 0) throw grzoo::InvalidArgument("the width of a row is " + std::to_string(dim) + ": it must be positive");
-        *out = new GrzooStorage(dim);
+        *out = new GrzooStorage(dim, bfloat16 != 0);
     });
 }
 
@@ -143,7 +143,7 @@ int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t
     return locked(storage, [&] {
         storage->check_handles(handles, n, 0);
         const grzoo::RowsView& view = storage->rows().view();
-        for (int64_t i = 0; i < n; ++i) memcpy(view.record(handles[i]), rows + i * view.dim, sizeof(float) * static_cast<size_t>(view.dim));
+        for (int64_t i = 0; i < n; ++i) grzoo::kernels().store(view, handles[i], rows + i * view.dim);
     });
 }
 
@@ -166,8 +166,8 @@ int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int6
 }
 
 int grzoo_storage_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t n,
-                         const float* grads, const GrzooHyper* hyper, int threads) {
-    return locked(storage, [&] { storage->update(rule, slots, handles, n, grads, *hyper, threads); });
+                         const float* grads, const int64_t* keys, const GrzooHyper* hyper, int threads) {
+    return locked(storage, [&] { storage->update(rule, slots, handles, n, grads, keys, *hyper, threads); });
 }
 
 int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int64_t* handles) {

@@ -72,7 +72,56 @@ inline void copy_row(float* __restrict__ out, const float* __restrict__ row, int
     for (int64_t j = 0; j < dim; ++j) out[j] = row[j];
 }
 
+typedef uint16_t __attribute__((may_alias)) Half;        // a bfloat16
+typedef uint32_t __attribute__((may_alias)) Word;        // a float32
+
+inline Half* halves(const RowsView& rows, int64_t h) { return reinterpret_cast<Half*>(rows.record(h)); }
+
+inline void expand_row(float* __restrict__ out, const Half* __restrict__ row, int64_t dim) {
+    Word* words = reinterpret_cast<Word*>(out);
+    for (int64_t j = 0; j < dim; ++j) words[j] = uint32_t(row[j]) << 16;
+}
+
+inline uint32_t rounded(uint32_t bits, uint32_t noise) {
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : (bits + noise) >> 16;
+}
+
+inline void store_nearest(Half* __restrict__ out, const float* __restrict__ row, int64_t dim) {
+    const Word* words = reinterpret_cast<const Word*>(row);
+    for (int64_t j = 0; j < dim; ++j)
+        out[j] = static_cast<uint16_t>(rounded(words[j], 0x7FFFu + ((words[j] >> 16) & 1u)));
+}
+
+// The bits of (key, step, column) as in rounding.py.
+inline void store_stochastic(Half* __restrict__ out, const float* __restrict__ row, int64_t dim, uint64_t key, int32_t step,
+                             const uint64_t* __restrict__ column_words) {
+    const Word* words = reinterpret_cast<const Word*>(row);
+    const uint64_t word = mix(static_cast<uint64_t>(static_cast<int64_t>(step)) + 0x632BE59BD9B4E019ull);
+    const uint64_t base = mix(key + 0x9E3779B97F4A7C15ull + word);
+    for (int64_t j = 0; j < dim; ++j)
+        out[j] = static_cast<uint16_t>(rounded(words[j], static_cast<uint32_t>(mix(base + column_words[j]) >> 48)));
+}
+
+void store(const RowsView& rows, int64_t h, const float* row) {
+    if (rows.bfloat16)
+        store_nearest(halves(rows, h), row, rows.dim);
+    else
+        copy_row(rows.record(h), row, rows.dim);
+}
+
+void gather_halves(const RowsView& rows, const int64_t* handles, int64_t begin, int64_t end, float* out) {
+    const int64_t dim = rows.dim;
+    for (int64_t i = begin; i < end; ++i) {
+        if (i + kAhead < end && handles[i + kAhead] >= 0) prefetch_row<0>(rows.record(handles[i + kAhead]), rows.row_floats());
+        if (handles[i] < 0)
+            memset(out + i * dim, 0, sizeof(float) * dim);
+        else
+            expand_row(out + i * dim, halves(rows, handles[i]), dim);
+    }
+}
+
 void gather(const RowsView& rows, const int64_t* handles, int64_t begin, int64_t end, float* out) {
+    if (rows.bfloat16) return gather_halves(rows, handles, begin, end, out);
     const int64_t dim = rows.dim;
     const bool stream = can_stream(out, dim, end - begin);
     for (int64_t i = begin; i < end; ++i) {
@@ -152,7 +201,16 @@ inline void for_each_row(const RowsView& rows, const UpdateRule& rule, const int
         if (i + kUpdateAhead < end) prefetch_update(rows, handles[i + kUpdateAhead]);
         const int64_t h = handles[i];
         const int32_t t = ++rows.meta(h)[0];
-        apply(rows.record(h), grads + i * rows.dim, rule.slots, h, t);
+        if (!rows.bfloat16) {
+            apply(rows.record(h), grads + i * rows.dim, rule.slots, h, t);
+            continue;
+        }
+        expand_row(rule.scratch, halves(rows, h), rows.dim);
+        apply(rule.scratch, grads + i * rows.dim, rule.slots, h, t);
+        if (rule.keys)
+            store_stochastic(halves(rows, h), rule.scratch, rows.dim, static_cast<uint64_t>(rule.keys[i]), t, rule.column_words);
+        else
+            store_nearest(halves(rows, h), rule.scratch, rows.dim);
     }
 }
 
@@ -251,7 +309,7 @@ void adamw(const RowsView& rows, const UpdateRule& rule, const int64_t* handles,
 
 extern const Kernels table;
 const Kernels table = {
-    GRZOO_STRING(GRZOO_ISA), gather, take_rows, add_rows, initial, {sgd, adagrad, rowwise_adagrad, adam, adamw},
+    GRZOO_STRING(GRZOO_ISA), gather, take_rows, add_rows, initial, store, {sgd, adagrad, rowwise_adagrad, adam, adamw},
 };
 
 }  // namespace GRZOO_ISA

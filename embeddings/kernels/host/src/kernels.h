@@ -5,13 +5,15 @@
 
 namespace grzoo {
 
-// Where the rows are. Record of row h: [embedding | wide slots] floats; meta: [step | narrow slots] words of 4 bytes.
+// Where the rows are. Record of row h: [embedding | wide slots] floats, an embedding of bfloat16 in half as many; meta: [step | narrow slots] words of 4 bytes.
 struct RowsView {
     float* const* records;
     int32_t* const* metas;
     int shift, meta_shift;     // rows of a chunk: 2^shift, 2^meta_shift
     int64_t dim, record_floats, meta_words;
+    bool bfloat16;
 
+    int64_t row_floats() const { return bfloat16 ? (dim + 1) / 2 : dim; }
     float* record(int64_t h) const { return records[h >> shift] + (h & ((int64_t(1) << shift) - 1)) * record_floats; }
     int32_t* meta(int64_t h) const { return metas[h >> meta_shift] + (h & ((int64_t(1) << meta_shift) - 1)) * meta_words; }
 };
@@ -47,6 +49,10 @@ struct UpdateRule {
     bool has_global;
     Correction (*correction_of)(const UpdateRule&, int64_t step);
     SlotPlace slots[2];
+    // of bfloat16 rows: keys of the rows in a call (null: round to the nearest), words of the columns, room for a row
+    const int64_t* keys;
+    const uint64_t* column_words;
+    float* scratch;
 };
 
 struct Kernels {
@@ -60,6 +66,8 @@ struct Kernels {
                      float* out, uint8_t* seen);
     // row[c] for the columns; column_words[c] = 0x9E3779B97F4A7C15 + mix64(c + 0x632BE59BD9B4E019)
     void (*initial)(const InitLaw&, int64_t id, const uint64_t* column_words, int64_t dim, float* row);
+    // row of a handle = row, to the nearest bfloat16 where rows are that
+    void (*store)(const RowsView&, int64_t handle, const float* row);
     void (*update[5])(const RowsView&, const UpdateRule&, const int64_t* handles, const float* grads, int64_t begin,
                       int64_t end);
 };

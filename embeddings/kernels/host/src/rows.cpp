@@ -16,12 +16,14 @@ constexpr int64_t kMaxRows = int64_t(UINT32_MAX) - 1;
 
 }  // namespace
 
-Rows::Rows(int64_t dim) {
-    view_.dim = view_.record_floats = dim;
+Rows::Rows(int64_t dim, bool bfloat16) {
+    view_.dim = dim;
+    view_.bfloat16 = bfloat16;
+    view_.record_floats = view_.row_floats();
     view_.meta_words = 1;
     view_.meta_shift = kMetaShift;
     // by the embedding alone: the layout of the state may change later, the handles may not
-    while ((int64_t(sizeof(float)) * dim << view_.shift) < kChunkBytes && view_.shift < 20) ++view_.shift;
+    while ((int64_t(sizeof(float)) * view_.record_floats << view_.shift) < kChunkBytes && view_.shift < 20) ++view_.shift;
 }
 
 Rows::~Rows() { drop_chunks(); }
@@ -72,7 +74,7 @@ void Rows::fill_state(int64_t row) const {
 }
 
 void Rows::set_slots(const std::vector<NewSlot>& wanted) {
-    Rows changed(view_.dim);
+    Rows changed(view_.dim, view_.bfloat16);
     bool same = wanted.size() == slots_.size();
     for (const NewSlot& slot : wanted) {
         int64_t& end = slot.width == 1 ? changed.view_.meta_words : changed.view_.record_floats;
@@ -92,7 +94,7 @@ void Rows::set_slots(const std::vector<NewSlot>& wanted) {
 }
 
 void Rows::copy_row(const Rows& from, int64_t row, const std::vector<NewSlot>& wanted) const {
-    memcpy(view_.record(row), from.view_.record(row), sizeof(float) * static_cast<size_t>(view_.dim));
+    memcpy(view_.record(row), from.view_.record(row), sizeof(float) * static_cast<size_t>(view_.row_floats()));
     fill_state(row);
     view_.meta(row)[0] = from.view_.meta(row)[0];
     for (size_t k = 0; k < wanted.size(); ++k)

@@ -11,7 +11,7 @@ namespace grzoo {
 
 class Rows {
 public:
-    explicit Rows(int64_t dim);
+    Rows(int64_t dim, bool bfloat16);
     Rows(const Rows&) = delete;
     Rows& operator=(const Rows&) = delete;
     ~Rows();

@@ -23,7 +23,7 @@ int slots_needed(int rule, const UpdateRule& update) {
 
 }  // namespace
 
-Storage::Storage(int64_t dim) : rows_(dim) {
+Storage::Storage(int64_t dim, bool bfloat16) : rows_(dim, bfloat16) {
     for (int64_t column = 0; column < dim; ++column)
         column_words_.push_back(0x9E3779B97F4A7C15ull + mix64(static_cast<uint64_t>(column) + 0x632BE59BD9B4E019ull));
 }
@@ -100,10 +100,13 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vec
     size_ += n - static_cast<int64_t>(repeated.size());
     const RowsView view = rows_.view();
     parallel_ranges(n, threads, kIdsPerThread / 8, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(view.bfloat16 ? static_cast<size_t>(view.dim) : 0);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t i = missing[static_cast<size_t>(k)];
             if (i < 0) continue;
-            kernels().initial(laws_[static_cast<size_t>(tables[i])], ids[i], column_words_.data(), view.dim, view.record(handles[i]));
+            float* row = view.bfloat16 ? scratch.data() : view.record(handles[i]);
+            kernels().initial(laws_[static_cast<size_t>(tables[i])], ids[i], column_words_.data(), view.dim, row);
+            if (view.bfloat16) kernels().store(view, handles[i], row);
             rows_.fill_state(handles[i]);
         }
     });
@@ -173,12 +176,19 @@ UpdateRule Storage::make_rule(int rule, const int64_t* slots, const GrzooHyper& 
 }
 
 void Storage::update(int rule, const int64_t* slots, const int64_t* handles, int64_t n, const float* grads,
-                     const GrzooHyper& hyper, int threads) {
-    const UpdateRule update = make_rule(rule, slots, hyper);
+                     const int64_t* keys, const GrzooHyper& hyper, int threads) {
+    UpdateRule update = make_rule(rule, slots, hyper);
+    update.keys = keys;
+    update.column_words = column_words_.data();
     check_handles(handles, n, 0);
     const RowsView view = rows_.view();
     parallel_ranges(n, threads, kIdsPerThread / 4,
-                    [&](int64_t begin, int64_t end) { kernels().update[rule](view, update, handles, grads, begin, end); });
+                    [&](int64_t begin, int64_t end) {
+                        std::vector<float> scratch(view.bfloat16 ? static_cast<size_t>(view.dim) : 0);
+                        UpdateRule mine = update;
+                        mine.scratch = scratch.data();
+                        kernels().update[rule](view, mine, handles, grads, begin, end);
+                    });
 }
 
 void Storage::keys(int32_t* tables, int64_t* ids, int64_t* handles) const {

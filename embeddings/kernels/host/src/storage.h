@@ -13,7 +13,7 @@ namespace grzoo {
 
 class Storage {
 public:
-    explicit Storage(int64_t dim);
+    Storage(int64_t dim, bool bfloat16);
 
     void set_initializer(int32_t table, const InitLaw& law);
     void set_slots(const std::vector<Rows::NewSlot>& slots) { rows_.set_slots(slots); }
@@ -22,7 +22,7 @@ public:
     int64_t erase(const int32_t* tables, const int64_t* ids, int64_t n);
     void gather(const int64_t* handles, int64_t n, float* out, int threads) const;
     void update(int rule, const int64_t* slots, const int64_t* handles, int64_t n, const float* grads,
-                const GrzooHyper& hyper, int threads);
+                const int64_t* keys, const GrzooHyper& hyper, int threads);
     void keys(int32_t* tables, int64_t* ids, int64_t* handles) const;
 
     const Rows& rows() const { return rows_; }
