@@ -1,6 +1,7 @@
 """DynamicEmbeddingCollection: features -> logical tables -> merged physical tables, sharded over ranks."""
 
 import json
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import deletion, table_statistics
 from .config import FeatureConfig, TableConfig
+from .deletion import Erased, EvictedIds
+from .eviction import evict_due
 from .exchange import Exchange
 from .hashing import owner
 from .jagged import FeatureInput
@@ -18,6 +22,8 @@ from .keyed import mix64, string_key
 from .prepare import MicroBatches, prepare_step
 from .step import MicroBatchEmbeddings, Step
 from .table import PhysicalTable
+from .table_statistics import Tally
+from .use import LAST_USE
 
 if TYPE_CHECKING:
     from .optimizers import SparseOptimizer
@@ -88,34 +94,44 @@ class DynamicEmbeddingCollection(nn.Module):
         self.exchange = Exchange(process_group)
         self._agreed = process_group is None
         self._serial = 0
+        self.clock = 0  # optimizer steps that were applied
+        self.steps: weakref.WeakSet[Step] = weakref.WeakSet()  # those that are alive
+        self.has_hard_ceiling = any(config.has_hard_ceiling for config in table_configs)
+        self.start_tallies()
         self._optimizer: weakref.ref[SparseOptimizer] | None = None
 
     # ------------------------------------------------------------------ lookup
 
-    def prepare(self, micro_batches: MicroBatches, *, insert: bool | None = None) -> Step:
+    def prepare(self, micro_batches: MicroBatches, *, insert: bool | None = None, count: bool | None = None) -> Step:
         """Exchange the ids of all micro-batches of an optimizer step and find their rows. Collective.
 
         Args:
             micro_batches: feature -> ids int64 of any shape, possibly of no element, or `Jagged`, for each micro-batch.
                 Ranks may differ in features, shapes and number of micro-batches.
             insert: insert ids that have no row; by default in training mode only.
+            count: note the use of the ids (their occurrences and the step) for admission and eviction; by default in
+                training mode only. A second lookup of the same batch in a step passes False.
 
         Returns:
             A Step; `step.fetch()` brings the rows, `step[k][feature]` are the embeddings of micro-batch k.
 
         Raises:
-            ValueError: bad input on this rank or another one. All ranks raise.
+            ValueError: bad input on this rank or another one, or a table that does not evict would exceed max_rows.
+                All ranks raise.
         """
         if not self._agreed:
             self._check_agreement()
-        return prepare_step(self, micro_batches, insert=self.training if insert is None else insert)
+        insert, count = (self.training if choice is None else choice for choice in (insert, count))
+        return prepare_step(self, micro_batches, insert=insert, count=count)
 
-    def forward(self, ids: Mapping[str, FeatureInput], *, insert: bool | None = None) -> MicroBatchEmbeddings:
-        """Look up one micro-batch: `prepare([ids], insert=insert).fetch()[0]`. Collective.
+    def forward(
+        self, ids: Mapping[str, FeatureInput], *, insert: bool | None = None, count: bool | None = None
+    ) -> MicroBatchEmbeddings:
+        """Look up one micro-batch: `prepare([ids], insert=insert, count=count).fetch()[0]`. Collective.
 
         Args:
             ids: feature -> int64 of any shape, or `Jagged`.
-            insert: see `prepare`.
+            insert, count: see `prepare`.
 
         Returns:
             feature -> float32 [*ids.shape, dim], or pooled: see MicroBatchEmbeddings.
@@ -125,7 +141,7 @@ class DynamicEmbeddingCollection(nn.Module):
         """
         if self.training and torch.is_grad_enabled():
             self.require_optimizer()
-        return self.prepare([ids], insert=insert).fetch()[0]
+        return self.prepare([ids], insert=insert, count=count).fetch()[0]
 
     # ------------------------------------------------------------------ ranks
 
@@ -160,11 +176,13 @@ class DynamicEmbeddingCollection(nn.Module):
             raise ValueError("ranks hold different rows: shard tables that are empty, or loaded alike on every rank")
 
     def _keep_owned_rows(self) -> None:
-        for table in self.physical:
-            tables, ids, _ = table.storage.keys()
-            foreign = owner(ids, self.exchange.world_size) != self.exchange.rank
-            table.storage.erase(tables[foreign], ids[foreign])
+        for physical in self.physical:
+            for table in (physical, *physical.side.values()):
+                tables, ids, _ = table.storage.keys()
+                foreign = owner(ids, self.exchange.world_size) != self.exchange.rank
+                table.erase(tables[foreign], ids[foreign])
         self.physical = [old.copy() for old in self.physical]  # gives the freed memory back
+        self.start_tallies()
 
     def _check_agreement(self) -> None:
         configs = [[config.to_dict() for config in table.configs] for table in self.physical]
@@ -203,8 +221,8 @@ class DynamicEmbeddingCollection(nn.Module):
         """Return the rows of a table on this rank, sorted by (bucket, id).
 
         Returns:
-            "ids" int64 [n], "rows" float32 [n, dim], "step" int32 [n] (updates so far), and each optimizer slot float32
-            [n, width].
+            "ids" int64 [n], "rows" float32 [n, dim], "step" int32 [n] (updates so far), each optimizer slot float32
+            [n, width], and where the table tracks its use "last_use" (optimizer step) and "count" int32 [n].
         """
         physical, _ = self._place(table)
         ids, handles = self._sorted_keys(table)
@@ -214,16 +232,19 @@ class DynamicEmbeddingCollection(nn.Module):
         """Insert or overwrite rows of a table and return how many; ids that another rank owns are skipped.
 
         Args:
-            values: as `export_rows` gives them; ids distinct. A slot or "step" that is absent starts as in a new row.
+            values: as `export_rows` gives them; ids distinct. What is absent starts as in a new row, used just now.
 
         Raises ValueError for shapes, dtypes, names or repeated ids that do not fit.
         """
         physical, position = self._place(table)
-        ids = _check_import(table, values, physical)
+        ids = physical.check_import(table, values)
         mine = owner(ids, self.exchange.world_size) == self.exchange.rank
         kept = {name: value[mine] for name, value in values.items()}
         ids, rows = kept.pop("ids"), kept.pop("rows")
+        kept.setdefault(LAST_USE, torch.full(ids.shape, self.clock, dtype=torch.int32, device="cpu"))
+        before = len(physical)
         physical.write(torch.full(ids.shape, position, dtype=torch.int32, device="cpu"), ids, rows, kept)
+        self.tally(table).rows_before += len(physical) - before
         return len(ids)
 
     def shared_row(self, table: str) -> dict[str, Tensor]:
@@ -236,6 +257,64 @@ class DynamicEmbeddingCollection(nn.Module):
             raise ValueError(f"unknown ids of table {table!r} get {self.tables[table].unknown!r}, not a 'shared' row")
         return physical.shared.read(position)
 
+    def erase(self, table: str, ids: Tensor) -> Erased:
+        """Delete rows of a table with their state and admission counters, pinned ones too. Collective.
+
+        To be called between steps. Gradients that wait for the rows are dropped; an id that returns starts afresh.
+
+        Args:
+            table: its name.
+            ids: int64 of any shape; those of all ranks are taken together, and unknown ones are ignored.
+
+        Returns:
+            (rows, unknown): how many rows were deleted and how many distinct ids had none, on all ranks.
+
+        Raises:
+            ValueError: on every rank, for an unknown table or ids that are not int64.
+        """
+        return deletion.erase(self, table, ids)
+
+    def pin(self, table: str, ids: Tensor) -> None:
+        """Keep ids int64 of a table, those of all ranks, from being evicted until `unpin`. Collective.
+
+        An id without a row stays pinned for when it gets one. Raises ValueError as `erase` does.
+        """
+        deletion.pin(self, table, ids, pinned=True)
+        if self.tables[table].eviction is None:
+            warnings.warn(f"pin has no effect on table {table!r}, which evicts nothing", stacklevel=2)
+
+    def unpin(self, table: str, ids: Tensor) -> None:
+        """Let ids int64 of a table be evicted again; those that are not pinned are ignored. Collective."""
+        deletion.pin(self, table, ids, pinned=False)
+
+    def drain_evicted(self, table: str) -> EvictedIds:
+        """Return the ids of a table that lost their row on this rank, by eviction or `erase`, and forget them.
+
+        Returns:
+            (ids int64 [n] sorted by (bucket, id), steps int64 [n], dropped). An id appears once, with the last step. It
+            may have a row again. `dropped` counts older entries that no longer fitted into the log of this rank.
+        """
+        self.check_table(table)
+        return deletion.drain_evicted(self, table)
+
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """Return what happened to each table since the last call (or since it was made or loaded). Collective.
+
+        Returns:
+            table -> rows now, growth, new_rows, evicted, erased (numbers of rows); new_row_rate and unknown_rate, per
+            distinct id of a step; dedup_ratio (ids per distinct id of a rank and step) and owner_dedup_ratio (distinct
+            ids of ranks per distinct id of the step); rows_by_rank and load_imbalance (largest over mean).
+        """
+        return table_statistics.statistics(self)
+
+    def tally(self, table: str) -> Tally:
+        """Return what statistics count of a table on this rank."""
+        return self._tallies[table]
+
+    def start_tallies(self) -> None:
+        """Count anew from the rows that there are."""
+        self._tallies = {name: Tally(rows_before=self.num_rows(name)) for name in self.tables}
+
     def replace_physical(self, tables: list[PhysicalTable]) -> None:
         """Take over other rows, as a loader does; those that were here are freed, with gradients that wait for them."""
         if self.optimizer is not None:
@@ -243,15 +322,20 @@ class DynamicEmbeddingCollection(nn.Module):
         old, self.physical = self.physical, tables
         for table in old:
             table.close()
+        self.start_tallies()
 
     def close(self) -> None:
         """Free all rows. Use after it raises RuntimeError."""
         for table in self.physical:
             table.close()
 
-    def _place(self, table: str) -> tuple[PhysicalTable, int]:
+    def check_table(self, table: str) -> None:
+        """Raise ValueError unless there is a table of this name."""
         if table not in self.placement:
             raise ValueError(f"no table {table!r}: the tables are {self.table_names}")
+
+    def _place(self, table: str) -> tuple[PhysicalTable, int]:
+        self.check_table(table)
         physical, position = self.placement[table]
         return self.physical[physical], position
 
@@ -285,6 +369,23 @@ class DynamicEmbeddingCollection(nn.Module):
             table.set_slots(layout(table.dim))
         self._optimizer = weakref.ref(optimizer)
 
+    # ------------------------------------------------------------------ steps
+
+    def watch(self, step: Step) -> None:
+        """Called by `prepare`: remember a step (weakly) for as long as it may use its row handles."""
+        self.steps.add(step)
+
+    def steps_in_flight(self) -> list[Step]:
+        """Return the steps that were prepared to insert and not fetched, and those that wait for the optimizer."""
+        pending = () if self.optimizer is None else self.optimizer.pending
+        return [*pending, *(step for step in self.steps if step.inserts and not step.is_fetched)]
+
+    def end_step(self) -> None:
+        """Called by the optimizer when it has applied a step: advance the clock, evict what is due. Collective."""
+        self.clock += 1
+        if any(table.has_policy for table in self.physical):
+            evict_due(self)
+
     def next_serial(self) -> int:
         """Number the next step."""
         self._serial += 1
@@ -299,6 +400,8 @@ class DynamicEmbeddingCollection(nn.Module):
         memo[id(self)] = twin
         twin.train(self.training)
         twin.physical = [table.copy() for table in self.physical]
+        twin.clock = self.clock
+        twin.start_tallies()
         return twin
 
     def extra_repr(self) -> str:
@@ -316,35 +419,12 @@ def _by_name(what: str, configs: Sequence[Any]) -> dict[str, Any]:
 
 
 def _group(configs: Sequence[TableConfig], merge: bool) -> list[list[TableConfig]]:
-    """Tables that share a physical one: those of equal width and precision, in the order given."""
+    """Tables that share a physical one: those whose rows have one layout, in the order given."""
     if not merge:
         return [[config] for config in configs]
-    groups: dict[tuple[int, str | None], list[TableConfig]] = {}
+    groups: dict[tuple[int, str | None, bool, bool], list[TableConfig]] = {}
     for config in configs:
-        groups.setdefault((config.embedding_dim, config.rounding), []).append(config)
+        # By has_policy too: tables without policies pay for none.
+        layout = config.embedding_dim, config.rounding, config.tracks_use, config.has_policy
+        groups.setdefault(layout, []).append(config)
     return list(groups.values())
-
-
-def _check_import(table: str, values: Mapping[str, Tensor], physical: PhysicalTable) -> Tensor:
-    if missing := {"ids", "rows"} - set(values):
-        raise ValueError(f"rows for table {table!r} lack {sorted(missing)}")
-    n = len(values["ids"])
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "ids": (torch.int64, (n,)),
-        "rows": (torch.float32, (n, physical.dim)),
-        "step": (torch.int32, (n,)),
-    } | {slot.name: (torch.float32, (n, slot.width)) for slot in physical.slots}
-    for name, value in values.items():
-        if name not in expected:
-            raise ValueError(
-                f"table {table!r} has no {name!r}: it takes {sorted(expected)} with the attached optimizer"
-            )
-        dtype, shape = expected[name]
-        if value.dtype != dtype or tuple(value.shape) != shape:
-            raise ValueError(
-                f"{name!r} of table {table!r} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
-            )
-    ids = values["ids"]
-    if len(torch.unique(ids)) != n:
-        raise ValueError(f"ids for table {table!r} are not distinct")
-    return ids

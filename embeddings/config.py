@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from .kernels.base import ROUNDINGS
 from .policies import check_initializer
+from .policy_config import check_admission, check_eviction, check_positive
 
 UNKNOWN_POLICIES = ("zeros", "initial", "shared")
 POOLINGS = ("none", "sum", "mean")
@@ -62,8 +63,16 @@ class TableConfig(_JsonConfig):
         row_dtype: how rows are stored: "float32" or "bfloat16". Lookups give float32; optimizer state is float32.
         row_rounding: how updates are rounded to bfloat16 rows: "stochastic" (the default: small updates are not lost,
             the same bits on every rank and backend) or "nearest".
+        admission: {"min_count": k, "forget_after": steps}: an id gets a row when training has met it k times; until
+            then it is unknown. A counter is dropped when its id was not met for forget_after (default 10,000) steps.
+        eviction: which rows go at each optimizer step that is a multiple of "every" (default 100), at most
+            "max_evictions" of them: {"kind": "lru"} and {"kind": "lfu", "half_life": steps} bring the table back to
+            max_rows, {"kind": "ttl", "steps": s, "min_rows": m} also drops rows that were not used for s steps.
+        max_rows: the most rows on all ranks. With eviction it holds after each eviction; without, training that would
+            exceed it raises.
+        track_use: keep the last use and the count of each row although no policy needs them.
 
-    Raises ValueError for values out of range.
+    Policies are described in README.md. Raises ValueError for values out of range; warns of what has no effect.
     """
 
     name: str
@@ -73,6 +82,10 @@ class TableConfig(_JsonConfig):
     init_key: str | None = None
     row_dtype: str = "float32"
     row_rounding: str | None = None
+    admission: dict[str, Any] | None = None
+    eviction: dict[str, Any] | None = None
+    max_rows: int | None = None
+    track_use: bool = False
 
     def __post_init__(self) -> None:
         _check_name("table name", self.name)
@@ -87,6 +100,7 @@ class TableConfig(_JsonConfig):
         elif not isinstance(self.init_key, str):
             raise ValueError(f"init_key of table {self.name!r} must be a string, got {self.init_key!r}")
         self._check_precision()
+        self._check_policies()
 
     def _check_precision(self) -> None:
         if self.row_dtype not in ROW_DTYPES:
@@ -104,6 +118,36 @@ class TableConfig(_JsonConfig):
     def rounding(self) -> str | None:
         """How updates are rounded to the rows: "stochastic" or "nearest", None for float32 rows."""
         return None if self.row_dtype == "float32" else self.row_rounding or "stochastic"
+
+    def _check_policies(self) -> None:
+        if self.max_rows is not None:
+            check_positive(f"max_rows of table {self.name!r}", self.max_rows)
+        if not isinstance(self.track_use, bool):
+            raise ValueError(f"track_use of table {self.name!r} must be true or false, got {self.track_use!r}")
+        if self.admission is not None:
+            object.__setattr__(self, "admission", check_admission(self.name, self.admission))
+        if self.eviction is not None:
+            object.__setattr__(self, "eviction", check_eviction(self.name, self.eviction, self.max_rows))
+
+    @property
+    def tracks_use(self) -> bool:
+        """Whether rows of this table carry their last use and count."""
+        return self.track_use or self.eviction is not None
+
+    @property
+    def has_hard_ceiling(self) -> bool:
+        """Whether an insertion beyond max_rows raises, because nothing is ever evicted."""
+        return self.max_rows is not None and self.eviction is None
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether a lookup does more than find or insert."""
+        return self.tracks_use or self.min_count > 1 or self.has_hard_ceiling
+
+    @property
+    def min_count(self) -> int:
+        """Occurrences from which an id has a row."""
+        return 1 if self.admission is None else int(self.admission["min_count"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import torch
 from .kernels import Slot
 from .reduction import RowGradients, agree_on_touched, reduce_gradients, squared_norm
 from .step import Step
+from .table import PhysicalTable
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -121,6 +122,18 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._reduced, self._finite = None, True
         self._forget({step.serial for step in self._pending if step.touched})
 
+    @property
+    def pending(self) -> tuple[Step, ...]:
+        """Steps that were fetched for training and not yet applied or dropped."""
+        return tuple(self._pending)
+
+    def forget_rows(self, table: PhysicalTable, handles: Tensor) -> None:
+        """Drop what `reduce` found for rows that are gone: handles int64 [n]."""
+        for physical, rows in zip(self.collection.physical, self._reduced or (), strict=False):
+            if physical is table:
+                keep = ~torch.isin(rows.handles, handles)
+                rows.tables, rows.handles, rows.grads = rows.tables[keep], rows.handles[keep], rows.grads[keep]
+
     def discard(self) -> None:
         """Forget all pending steps, because their rows are gone."""
         self._pending, self._survived = [], set()
@@ -130,7 +143,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Reduce (unless `reduce` was called), clip, update the touched rows, drop the gradients. Collective.
+        """Reduce (unless `reduce` was called), clip, update the touched rows, drop the gradients, evict. Collective.
 
         Without gradients on any rank nothing happens. If gradients are not finite the tables stay as they are and,
         unless the caller learnt it from `reduce`, FloatingPointError is raised on every rank.
@@ -148,6 +161,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise FloatingPointError(f"gradients of the embedding tables are not finite (norm {self.grad_norm})")
         if reduced is not None and finite:
             self._apply(reduced)
+            self.collection.end_step()
         return loss
 
     def _apply(self, reduced: list[RowGradients]) -> None:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .admission import Visit, check_ceilings, visit
 from .hashing import owner
 from .jagged import Bags, FeatureInput, bags_of, check_input, ids_of
 from .kernels import Unique
 from .step import Step, TableShare
 from .table import PhysicalTable
+from .table_statistics import note_lookup
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -25,11 +27,29 @@ class _Request:
 
     ids: Tensor  # int64 [U]
     counts: Tensor  # int64 [world, logical tables]
+    occurrences: Tensor | None  # int64 [U], of each id on this rank; None unless the owner counts them
     index: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # (micro-batch, feature) -> int64 [*ids.shape]
 
 
-def prepare_step(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches, *, insert: bool) -> Step:
-    """See `DynamicEmbeddingCollection.prepare`. Three collectives: counts with the error flag, ids, and the outcome."""
+@dataclass
+class _Owned:
+    """The distinct pairs that this rank was asked for in one physical table, as the owner of their rows."""
+
+    tables: Tensor  # int32 [O]
+    ids: Tensor  # int64 [O]
+    inverse: Tensor | None  # int64 [R]: received id -> pair; None when R = O, in the same order
+    handles: Tensor  # int64 [O]; -1: no row
+    inserted: int = 0
+    visit: Visit | None = None  # in a table with policies: what is left to do
+
+
+def prepare_step(
+    collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches, *, insert: bool, count: bool
+) -> Step:
+    """See `DynamicEmbeddingCollection.prepare`. Three collectives: counts with the error flag, ids, and the outcome.
+
+    Tables with max_rows and without eviction need one more, and an id brings its occurrences where a policy counts.
+    """
     exchange = collection.exchange
     before = exchange.bytes_sent
     problem: Exception | None = None
@@ -38,43 +58,69 @@ def prepare_step(collection: "DynamicEmbeddingCollection", micro_batches: MicroB
     try:
         check_ids(collection, micro_batches)
         bags = _bags(collection, micro_batches)
-        requests = [_request(collection, table, micro_batches) for table in collection.physical]
+        requests = [_request(collection, table, micro_batches, count=count) for table in collection.physical]
     except Exception as error:
         problem = error
-    received_counts = _swap_counts(collection, requests, problem)
+    received_counts = _swap_counts(collection, requests, problem, flags=2 * insert + 4 * count)
 
     sizes = [len(table.configs) for table in collection.physical]
     per_table = received_counts.split(sizes, dim=1)
     sent = torch.stack([request.counts.sum(1) for request in requests], dim=1)
     received = torch.stack([counts.sum(1) for counts in per_table], dim=1)
-    ids = exchange.swap([request.ids for request in requests], sent, received)
+    ids, occurrences = _swap_ids(collection, requests, sent, received)
+    found: list[_Owned] = []
     try:
-        found = [
-            _find(table, i, counts, distinct=exchange.world_size == 1, insert=insert)
-            for table, i, counts in zip(collection.physical, ids, per_table, strict=True)
-        ]
+        for table, *arrived in zip(collection.physical, ids, occurrences, per_table, strict=True):
+            found.append(_find(table, *arrived, distinct=exchange.world_size == 1, insert=insert, count=count))
     except Exception as error:
-        exchange.agree(error)  # raises
-        raise
-    exchange.agree(None)
+        problem = error
+    if collection.has_hard_ceiling and insert:
+        exchange.agree(problem)
+        check_ceilings(collection, [owned.visit for owned in found])
+    try:
+        for owned in found if problem is None else ():
+            if owned.visit is not None:
+                owned.inserted = owned.visit.commit(collection.clock + 1)
+                owned.handles = owned.visit.handles
+    except Exception as error:
+        problem = error
+    exchange.agree(problem)
 
     shares = [
-        TableShare(table, request.index, len(request.ids), inverse, owned.tables, owned.ids, handles)
-        for table, request, (owned, inverse, handles, _) in zip(collection.physical, requests, found, strict=True)
-        if owned.tables is not None
+        TableShare(table, request.index, len(request.ids), owned.inverse, owned.tables, owned.ids, owned.handles)
+        for table, request, owned in zip(collection.physical, requests, found, strict=True)
     ]
     statistics = {
         "ids": sum(index.numel() for request in requests for index in request.index.values()),
         "unique_sent": sum(len(request.ids) for request in requests),
         "received": sum(len(i) for i in ids),
         "unique_owned": sum(len(share.ids) for share in shares),
-        "inserted": sum(inserted for *_, inserted in found),
+        "inserted": sum(owned.inserted for owned in found),
         "bytes_sent": exchange.bytes_sent - before,
     }
     device = next((ids_of(t).device for batch in micro_batches for t in batch.values()), torch.device("cpu"))
-    return Step(
-        collection, shares, sent, received, len(micro_batches), collection.next_serial(), device, bags, statistics
-    )  # fmt: skip
+    note_lookup(collection, shares, [r.counts for r in requests], per_table, insert=insert)
+    serial = collection.next_serial()
+    step = Step(collection, shares, sent, received, len(micro_batches), serial, device, bags, statistics, insert)
+    collection.watch(step)
+    return step
+
+
+def _swap_ids(
+    collection: "DynamicEmbeddingCollection", requests: list[_Request], sent: Tensor, received: Tensor
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Exchange the ids, and the occurrences of those that are counted: int64 [R] per physical table."""
+    counted = [p for p, request in enumerate(requests) if request.occurrences is not None]
+    parts = [request.ids for request in requests]
+    occurrences: list[Tensor | None] = [None] * len(requests)
+    if not counted:
+        return collection.exchange.swap(parts, sent, received), occurrences
+    parts += [o for o in (request.occurrences for request in requests) if o is not None]
+    columns = [*range(len(requests)), *counted]
+    arrived = collection.exchange.swap(parts, sent[:, columns], received[:, columns])
+    for p, values in zip(counted, arrived[len(requests) :], strict=True):
+        occurrences[p] = values
+    return arrived[: len(requests)], occurrences
 
 
 def check_ids(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches) -> None:
@@ -102,7 +148,9 @@ def _bags(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches)
     return {use: bags for use, bags in found.items() if bags is not None}
 
 
-def _request(collection: "DynamicEmbeddingCollection", table: PhysicalTable, micro_batches: MicroBatches) -> _Request:
+def _request(
+    collection: "DynamicEmbeddingCollection", table: PhysicalTable, micro_batches: MicroBatches, *, count: bool
+) -> _Request:
     uses = [  # (micro-batch, feature, logical table, ids)
         ((k, name), collection.placement[collection.features[name].table][1], ids_of(given))
         for k, batch in enumerate(micro_batches)
@@ -117,19 +165,24 @@ def _request(collection: "DynamicEmbeddingCollection", table: PhysicalTable, mic
         logical = torch.tensor([logical for _, logical, _ in uses], dtype=torch.int32, device="cpu")
         tables = logical.repeat_interleave(lengths)
     unique = table.backend.unique(ids, tables)
-    request_ids, counts, inverse = _by_owner(unique, collection.exchange.world_size, len(table.configs))
+    request_ids, counts, inverse, order = _by_owner(unique, collection.exchange.world_size, len(table.configs))
+    occurrences = None
+    if count and table.has_policy:
+        occurrences = unique.counts if order is None else unique.counts[order]
     pieces = inverse.split([len(f) for f in flat])
     index = {use: i.view(ids.shape).to(ids.device) for (use, _, ids), i in zip(uses, pieces, strict=True)}
-    return _Request(request_ids, counts, index)
+    return _Request(request_ids, counts, occurrences, index)
 
 
-def _by_owner(unique: Unique, world_size: int, num_tables: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_owner(unique: Unique, world_size: int, num_tables: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Order distinct pairs by (owner, logical table): ids [U], counts [world, num_tables], inverse [n] into the ids.
+
+    Last comes the order itself, int64 [U] (None: as they are).
 
     In this order the rows that come back are the leaf as they are, and counts say the table of each id.
     """
     if world_size == 1 and unique.tables is None:
-        return unique.ids, torch.tensor([[len(unique.ids)]], dtype=torch.int64, device="cpu"), unique.inverse
+        return unique.ids, torch.tensor([[len(unique.ids)]], dtype=torch.int64, device="cpu"), unique.inverse, None
     key = owner(unique.ids, world_size) * num_tables
     if unique.tables is not None:
         key += unique.tables
@@ -137,15 +190,15 @@ def _by_owner(unique: Unique, world_size: int, num_tables: int) -> tuple[Tensor,
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), dtype=torch.int64, device="cpu")
     counts = torch.bincount(key, minlength=world_size * num_tables).view(world_size, num_tables)
-    return unique.ids[order], counts, place[unique.inverse]
+    return unique.ids[order], counts, place[unique.inverse], order
 
 
 def _swap_counts(
-    collection: "DynamicEmbeddingCollection", requests: list[_Request], problem: Exception | None
+    collection: "DynamicEmbeddingCollection", requests: list[_Request], problem: Exception | None, *, flags: int
 ) -> Tensor:
     """Return how many ids of each logical table every rank asks for: int64 [world, logical tables].
 
-    A flag beside the counts tells a problem of this rank to the others, so that all stop here.
+    A word beside the counts tells a problem of this rank, or a call with other flags, to the others: all stop here.
     """
     exchange = collection.exchange
     if exchange.world_size == 1:
@@ -153,31 +206,36 @@ def _swap_counts(
         return torch.cat([request.counts for request in requests], dim=1)
     num_tables = sum(len(table.configs) for table in collection.physical)
     payload = torch.zeros(exchange.world_size, 1 + num_tables, dtype=torch.int64, device="cpu")
+    payload[:, 0] = flags + (problem is not None)
     if problem is None:
         payload[:, 1:] = torch.cat([request.counts for request in requests], dim=1)
-    else:
-        payload[:, 0] = 1
     received = exchange.swap_counts(payload)
-    if received[:, 0].any():
+    words = received[:, 0].tolist()
+    if any(word & 1 for word in words):
         exchange.agree(problem)
+    if len(set(words)) > 1:
+        raise ValueError("ranks disagree on insert= or count= (or on training mode): all must give the same")
     return received[:, 1:]
 
 
 def _find(
-    table: PhysicalTable, ids: Tensor, counts: Tensor, *, distinct: bool, insert: bool
-) -> tuple[Unique, Tensor | None, Tensor, int]:
-    """Find or insert ids int64 [R] that arrived as counts [world, logical tables].
+    table: PhysicalTable, ids: Tensor, occurrences: Tensor | None, counts: Tensor,
+    *, distinct: bool, insert: bool, count: bool,
+) -> _Owned:  # fmt: skip
+    """Find or insert ids int64 [R] that arrived as counts [world, logical tables], each met occurrences [R] times.
 
-    Returns the owned pairs, inverse (None when they are the received ones), their handles, the number of inserted rows.
+    In a table with policies nothing is changed yet: see `Visit`.
     """
     logical = torch.arange(counts.shape[1], dtype=torch.int32, device="cpu")
-    tables = logical.repeat(len(counts)).repeat_interleave(counts.reshape(-1))
-    if distinct:
-        handles, inserted = table.lookup(tables, ids, insert=insert)
-        return Unique(ids, tables, ids, ids), None, handles, inserted
-    owned = table.backend.unique(ids, tables if len(table.configs) > 1 else None)
-    if owned.tables is None:
-        owned = owned._replace(tables=torch.zeros(len(owned.ids), dtype=torch.int32, device="cpu"))
-    assert owned.tables is not None
-    handles, inserted = table.lookup(owned.tables, owned.ids, insert=insert)
-    return owned, owned.inverse, handles, inserted
+    tables, inverse = logical.repeat(len(counts)).repeat_interleave(counts.reshape(-1)), None
+    if not distinct:
+        unique = table.backend.unique(ids, tables if len(table.configs) > 1 else None)
+        ids, inverse = unique.ids, unique.inverse
+        tables = torch.zeros(len(ids), dtype=torch.int32, device="cpu") if unique.tables is None else unique.tables
+        if occurrences is not None:
+            occurrences = torch.zeros_like(ids).index_add_(0, inverse, occurrences)
+    if table.has_policy and (insert or count):
+        found = visit(table, tables, ids, occurrences, insert=insert)
+        return _Owned(tables, ids, inverse, found.handles, visit=found)
+    handles, inserted = table.lookup(tables, ids, insert=insert)
+    return _Owned(tables, ids, inverse, handles, inserted)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .step import Step, TableShare
+from .step import NO_ROW, Step, TableShare
 from .table import PhysicalTable
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _of_rows(share: TableShare, grads: Tensor, reached: Tensor) -> RowGradients:
 
 def _sum_unknown(share: TableShare, grads: Tensor, reached: Tensor) -> Tensor:
     """Sum the gradients of ids without a row by table, float32 [tables, dim + 1]; the last column counts ids."""
-    absent = (share.handles < 0) & reached[share.tables.long()]
+    absent = (share.handles == NO_ROW) & reached[share.tables.long()]
     ones = torch.ones(int(absent.sum()), 1, dtype=torch.float32, device="cpu")
     values, tables = torch.cat([grads[absent], ones], dim=1), share.tables[absent].long()
     return share.table.backend.segment_sum(values, tables, len(share.table.configs))

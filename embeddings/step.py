@@ -52,6 +52,7 @@ class Step:
     device: torch.device  # of the ids: where the leaves go
     bags: dict[tuple[int, str], Bags]  # (micro-batch, feature) of features that pool
     statistics: dict[str, int]
+    inserts: bool = True  # prepared for training
     touched: set[str] = field(default_factory=set)  # logical tables that a backward pass reached since the last reduce
 
     def fetch(self, device: torch.device | None = None) -> "Step":

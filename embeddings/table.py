@@ -1,5 +1,6 @@
-"""One physical table: the rows of logical tables that were merged because their rows have the same width."""
+"""One physical table: the rows of logical tables that were merged because their rows have the same layout."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,9 @@ from .kernels.rounding import row_keys, table_keys
 from .policies import initial_rows, row_init
 from .pretrained import PretrainedRows, load_pretrained
 from .shared_rows import SharedRows
+from .use import USE_SLOTS, as_slot, read_slot
+
+SIDE_TABLES = ("candidates", "evicted", "pinned")  # what policies remember of ids: see PhysicalTable.side_table
 
 
 class PhysicalTable:
@@ -25,7 +29,11 @@ class PhysicalTable:
         self.dim = configs[0].embedding_dim
         self.rounding = configs[0].rounding
         assert all((config.embedding_dim, config.rounding) == (self.dim, self.rounding) for config in configs)
-        self.slots: tuple[Slot, ...] = ()
+        self.slots: tuple[Slot, ...] = ()  # of the optimizer
+        self.use_slots: tuple[Slot, ...] = USE_SLOTS if any(config.tracks_use for config in configs) else ()
+        self.side: dict[str, PhysicalTable] = {}  # those of SIDE_TABLES that were needed so far
+        self.dropped = 0  # entries that this table lost for want of room, when it is a log
+        self._rows_by_table: Tensor | None = None  # int64 [logical tables]; None: to be counted
         self._seed = seed
         self._backend_name = backend
         self._storage: TableStorage | None = None
@@ -47,7 +55,45 @@ class PhysicalTable:
             table.write(tables, ids, values.pop("rows"), values)
         if self._shared is not None and table.shared is not None:
             table.shared.copy_from(self._shared)
+        table.dropped = self.dropped
+        table.side = {name: side.copy() for name, side in self.side.items()}
         return table
+
+    def side_table(self, name: str) -> "PhysicalTable":
+        """Return the table, made when first asked for, that keeps a last use and a count of (logical table, id) pairs.
+
+        "candidates": ids that wait for admission, with their occurrences; "evicted": ids that were evicted or erased,
+        with the step; "pinned": ids that eviction passes over.
+        """
+        assert name in SIDE_TABLES
+        if name not in self.side:
+            zero = {"kind": "constant", "value": 0.0}
+            configs = [
+                TableConfig(name=c.name, embedding_dim=1, initializer=zero, track_use=True) for c in self.configs
+            ]
+            self.side[name] = PhysicalTable(configs, seed=0, backend=self._backend_name)
+        return self.side[name]
+
+    @functools.cached_property
+    def has_policy(self) -> bool:
+        """Whether a lookup in some logical table does more than find or insert."""
+        return any(config.has_policy for config in self.configs)
+
+    @functools.cached_property
+    def is_selective(self) -> bool:
+        """Whether some logical table may refuse to insert an id."""
+        return any(config.min_count > 1 or config.has_hard_ceiling for config in self.configs)
+
+    @functools.cached_property
+    def min_counts(self) -> Tensor:
+        """Occurrences from which ids of each logical table are admitted, int64 [logical tables]."""
+        return torch.tensor([config.min_count for config in self.configs], dtype=torch.int64, device="cpu")
+
+    @functools.cached_property
+    def half_lives(self) -> Tensor | None:
+        """Half-life in steps of the counts of each logical table, int64 [logical tables], 0: none; None: all 0."""
+        steps = [(config.eviction or {}).get("half_life", 0) for config in self.configs]
+        return torch.tensor(steps, dtype=torch.int64, device="cpu") if any(steps) else None
 
     @property
     def backend(self) -> Backend:
@@ -60,7 +106,7 @@ class PhysicalTable:
             raise RuntimeError("this embedding table was closed")
         if self._storage is None:
             self._storage = self.backend.create(self.dim, self._laws(), self.rounding)
-            self._storage.set_slots(self.slots)
+            self._storage.set_slots([*self.slots, *self.use_slots])
         return self._storage
 
     @property
@@ -92,7 +138,7 @@ class PhysicalTable:
         """Set the layout of the optimizer state (see TableStorage.set_slots)."""
         self.slots = tuple(slots)
         if self._storage is not None:
-            self._storage.set_slots(self.slots)
+            self._storage.set_slots([*self.slots, *self.use_slots])
         if self._shared is not None:
             self._shared.set_slots(self.slots)
 
@@ -100,26 +146,32 @@ class PhysicalTable:
         return 0 if self._storage is None and not self._closed else len(self.storage)
 
     def memory_bytes(self) -> int:
-        """Bytes that are allocated for index, rows and state."""
+        """Bytes that are allocated for index, rows and state, and for what policies remember of ids."""
+        own = 0 if self._storage is None and not self._closed else self.storage.memory_bytes()
         shared = 0 if self._shared is None else self._shared.storage.memory_bytes()
-        return shared if self._storage is None and not self._closed else shared + self.storage.memory_bytes()
+        return own + shared + sum(side.memory_bytes() for side in self.side.values())
 
     def close(self) -> None:
         """Free the rows; use after it raises RuntimeError."""
         if self._storage is not None:
             self._storage.close()
         self._storage, self._shared, self._closed = None, None, True
+        for side in self.side.values():
+            side.close()
 
     def num_rows(self, logical: int) -> int:
         """Number of rows of one logical table."""
         if len(self.configs) == 1 or len(self) == 0:
             return len(self)
-        return int((self.storage.keys()[0] == logical).sum())
+        if self._rows_by_table is None:
+            self._rows_by_table = torch.bincount(self.storage.keys()[0].cpu(), minlength=len(self.configs))
+        return int(self._rows_by_table[logical])
 
     def lookup(self, tables: Tensor, ids: Tensor, *, insert: bool) -> tuple[Tensor, int]:
         """Return the handles int64 [n] of distinct pairs (-1: no row) and how many rows were inserted."""
         if not insert:
             return self.storage.find(tables, ids), 0
+        self._rows_by_table = None
         pretrained = self._pretrained()
         if not pretrained:
             return self.storage.find_or_insert(tables, ids)
@@ -130,6 +182,11 @@ class PhysicalTable:
             place = vectors.find(ids[mine])
             self.storage.scatter(handles[mine][place >= 0], vectors.rows[place[place >= 0]], {})
         return handles, inserted
+
+    def erase(self, tables: Tensor, ids: Tensor) -> int:
+        """Delete rows with their state and return how many there were; absent pairs are ignored."""
+        self._rows_by_table = None
+        return self.storage.erase(tables, ids)
 
     def gather(self, tables: Tensor, ids: Tensor, handles: Tensor) -> Tensor:
         """Return rows float32 [n, dim]; an id without a row (handle -1) gets what its table says of unknown ids."""
@@ -171,6 +228,7 @@ class PhysicalTable:
         columns: dict[str, tuple[torch.dtype, int]] = {"rows": (dtype, self.dim)}
         if state:
             columns |= {slot.name: (torch.float32, slot.width) for slot in self.slots}
+            columns |= {slot.name: (torch.int32, 0) for slot in self.use_slots}
             columns[STEP_SLOT] = (torch.int32, 0)
         return columns
 
@@ -178,11 +236,13 @@ class PhysicalTable:
         """Return one of `columns` of some rows, [n, width] or [n], in host memory."""
         if column == "rows":
             return self.storage.gather(handles).to("cpu", self.columns(state=False)["rows"][0])
+        if column in (slot.name for slot in self.use_slots):
+            return read_slot(self.storage, column, handles).cpu()
         values = self.storage.gather_slot(column, handles).cpu()
         return values.flatten() if column == STEP_SLOT else values
 
     def read(self, handles: Tensor) -> dict[str, Tensor]:
-        """Return all columns: "rows" float32 [n, dim], each slot float32 [n, width] and "step" int32 [n]."""
+        """Return all columns: "rows" float32 [n, dim], each slot float32 [n, width], use and "step" int32 [n]."""
         values = {column: self.read_column(column, handles) for column in self.columns(state=True)}
         return values | {"rows": values["rows"].float()}
 
@@ -193,6 +253,31 @@ class PhysicalTable:
             slot.name: state[slot.name] if slot.name in state else torch.full((count, slot.width), slot.fill)
             for slot in self.slots
         }
-        step = state[STEP_SLOT] if STEP_SLOT in state else torch.zeros(count, dtype=torch.int32)
+        zeros = torch.zeros(count, dtype=torch.int32, device="cpu")
+        slots |= {slot.name: as_slot(state.get(slot.name, zeros)) for slot in self.use_slots}
+        step = state.get(STEP_SLOT, zeros)
+        self._rows_by_table = None
         handles, _ = self.storage.find_or_insert(tables, ids)
         self.storage.scatter(handles, rows.float(), slots | {STEP_SLOT: step.reshape(count, 1)})
+
+    def check_import(self, table: str, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the ids of rows to be written; ValueError for a name, dtype, shape or repeated id that is wrong."""
+        if missing := {"ids", "rows"} - set(values):
+            raise ValueError(f"rows for table {table!r} lack {sorted(missing)}")
+        n = len(values["ids"])
+        layout = {"ids": (torch.int64, 0), **self.columns(state=True), "rows": (torch.float32, self.dim)}
+        for name, value in values.items():
+            if name not in layout:
+                raise ValueError(
+                    f"table {table!r} has no {name!r}: it takes {sorted(layout)} with the attached optimizer"
+                )
+            dtype, width = layout[name]
+            shape = (n, width) if width else (n,)
+            if value.dtype != dtype or tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{name!r} of table {table!r} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
+                )
+        ids = values["ids"]
+        if len(torch.unique(ids)) != n:
+            raise ValueError(f"ids for table {table!r} are not distinct")
+        return ids

@@ -375,4 +375,3 @@ def check_failed_save(rank: int, world_size: int, folder: Path) -> None:
     engine.destroy()
     if rank == 0:
         shutil.rmtree(folder)
-

@@ -44,3 +44,43 @@ def test_missing_fields_are_named() -> None:
         FeatureConfig.from_dict({"name": "a"})
     with pytest.raises(ValueError, match="table of feature 'a' ''"):
         FeatureConfig(name="a", table="")
+
+
+def test_policies_survive_json_with_their_defaults_filled_in() -> None:
+    table = TableConfig(
+        name="a", embedding_dim=2, admission={"min_count": 2}, eviction={"kind": "lfu", "every": 7}, max_rows=5
+    )
+    assert table.admission == {"min_count": 2, "forget_after": 10_000}
+    assert table.eviction == {"kind": "lfu", "every": 7, "max_evictions": None, "half_life": 10_000}
+    assert TableConfig.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_rows": 0}, "max_rows of table 'item' must be a positive integer, got 0"),
+        ({"max_rows": 1.5}, "got 1.5"),
+        ({"track_use": 1}, "true or false, got 1"),
+        ({"admission": 3}, "must be a mapping or None, got 3"),
+        ({"admission": {}}, "needs \\['min_count'\\]"),
+        ({"admission": {"min_count": 0}}, "'min_count'.*positive integer, got 0"),
+        ({"admission": {"min_count": 2, "forget": 3}}, "no field \\['forget'\\]"),
+        ({"eviction": {"kind": "fifo"}}, "one of \\['lfu', 'lru', 'ttl'\\].*'fifo'"),
+        ({"eviction": "lru"}, "got 'lru'"),
+        ({"eviction": {"kind": "ttl"}}, "needs \\['steps'\\]"),
+        ({"eviction": {"kind": "ttl", "steps": 3, "every": 0}}, "'every'.*got 0"),
+        ({"eviction": {"kind": "lru", "half_life": 3}, "max_rows": 3}, "no field \\['half_life'\\]"),
+        ({"eviction": {"kind": "lru", "max_evictions": 0}, "max_rows": 3}, "'max_evictions'.*got 0"),
+        ({"eviction": {"kind": "ttl", "steps": 3, "min_rows": 9}, "max_rows": 8}, "min_rows 9 is more than max_rows 8"),
+        ({"eviction": {"kind": "ttl", "steps": 3, "min_rows": -1}}, "'min_rows'.*got -1"),
+    ],
+)
+def test_bad_policies_are_refused_with_the_value(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TableConfig.from_dict({"name": "item", "embedding_dim": 8} | values)
+
+
+@pytest.mark.parametrize("kind", ["lru", "lfu"])
+def test_eviction_without_effect_warns(kind: str) -> None:
+    with pytest.warns(UserWarning, match="no effect without max_rows"):
+        TableConfig(name="a", embedding_dim=2, eviction={"kind": kind})

@@ -1,0 +1,93 @@
+"""Statistics of each table since they were asked for last."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .collection import DynamicEmbeddingCollection
+    from .step import TableShare
+
+
+@dataclass
+class Tally:
+    """What happened to one logical table on this rank since the last report."""
+
+    rows_before: int = 0
+    ids: int = 0  # looked up, with repetitions
+    requested: int = 0  # distinct ids of a step on this rank
+    received: int = 0  # distinct ids of a step that ranks asked of this one
+    owned: int = 0  # distinct ids of a step on their owner
+    unknown: int = 0  # of those, without a row
+    evicted: int = 0
+    erased: int = 0
+
+
+def note_lookup(
+    collection: "DynamicEmbeddingCollection",
+    shares: Sequence["TableShare"],
+    sent: Sequence[Tensor],
+    received: Sequence[Tensor],
+    *,
+    insert: bool,
+) -> None:
+    """Add a step to the tallies; sent and received are the ids of each physical table, int64 [world, logical]."""
+    for share, asked, arrived in zip(shares, sent, received, strict=True):
+        names = [config.name for config in share.table.configs]
+        requested = asked.sum(0).tolist()
+        owned = requested if share.inverse is None else _by_table(share.tables, len(names))
+        unknown = [0] * len(names)
+        if not insert or share.table.is_selective:
+            unknown = _by_table(share.tables[share.handles < 0], len(names))
+        numbers = zip(names, requested, arrived.sum(0).tolist(), owned, unknown, strict=True)
+        for name, *more in numbers:
+            tally = collection.tally(name)
+            for field, value in zip(("requested", "received", "owned", "unknown"), more, strict=True):
+                setattr(tally, field, getattr(tally, field) + value)
+        for (_, feature), index in share.index.items():
+            collection.tally(collection.features[feature].table).ids += index.numel()
+
+
+def _by_table(tables: Tensor, num_tables: int) -> list[int]:
+    """Return how many of `tables` int32 [n] are each logical table."""
+    return [len(tables)] if num_tables == 1 else torch.bincount(tables, minlength=num_tables).tolist()
+
+
+def statistics(collection: "DynamicEmbeddingCollection") -> dict[str, dict[str, Any]]:
+    """See `DynamicEmbeddingCollection.statistics`."""
+    exchange = collection.exchange
+    fields = ("rows_before", "ids", "requested", "received", "owned", "unknown", "evicted", "erased")
+    numbers: list[int] = []
+    for name in collection.table_names:
+        tally = collection.tally(name)
+        numbers += [collection.num_rows(name), *(getattr(tally, field) for field in fields)]
+    everyone = torch.tensor(exchange.gather_ints(numbers)).view(exchange.world_size, len(collection.tables), -1)
+    collection.start_tallies()
+    return {name: _report(everyone[:, t].tolist()) for t, name in enumerate(collection.table_names)}
+
+
+def _report(by_rank: list[list[int]]) -> dict[str, Any]:
+    rows_by_rank = [numbers[0] for numbers in by_rank]
+    rows, before, ids, requested, received, owned, unknown, evicted, erased = map(sum, zip(*by_rank, strict=True))
+    growth = rows - before
+    new_rows = growth + evicted + erased
+    return {
+        "rows": rows,
+        "growth": growth,
+        "new_rows": new_rows,
+        "new_row_rate": _ratio(new_rows, owned),
+        "unknown_rate": _ratio(unknown, owned),
+        "evicted": evicted,
+        "erased": erased,
+        "dedup_ratio": _ratio(ids, requested),
+        "owner_dedup_ratio": _ratio(received, owned),
+        "rows_by_rank": rows_by_rank,
+        "load_imbalance": _ratio(max(rows_by_rank) * len(rows_by_rank), rows),
+    }
+
+
+def _ratio(a: int, b: int) -> float:
+    return a / b if b else 0.0

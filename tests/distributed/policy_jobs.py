@@ -1,0 +1,126 @@
+"""What ranks and single processes of the policy tests run."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, SparseAdagrad, SparseOptimizer, TableConfig
+from policy_reference import drifting_ids
+from torch import Tensor
+
+EVICTIONS: dict[str, dict[str, Any]] = {
+    "lru": {"eviction": {"kind": "lru", "every": 3}, "max_rows": 90},
+    "lfu": {"eviction": {"kind": "lfu", "every": 4, "half_life": 6, "max_evictions": 25}, "max_rows": 90},
+    "ttl": {"eviction": {"kind": "ttl", "every": 2, "steps": 5, "min_rows": 60}},
+    "ttl_ceiling": {"eviction": {"kind": "ttl", "every": 5, "steps": 9}, "max_rows": 80},
+    "admitted_lru": {
+        "admission": {"min_count": 3, "forget_after": 7},
+        "eviction": {"kind": "lru", "every": 3},
+        "max_rows": 40,
+    },
+}
+STEPS, PER_STEP = 24, 60
+
+
+def policy_tables(dim: int = 4) -> list[TableConfig]:
+    """One table for each policy, all of one width, and one without."""
+    tables = [TableConfig(name=name, embedding_dim=dim, **values) for name, values in EVICTIONS.items()]
+    return [*tables, TableConfig(name="plain", embedding_dim=dim)]
+
+
+def build(tables: Sequence[TableConfig], **options: Any) -> tuple[DynamicEmbeddingCollection, SparseOptimizer]:
+    """Tables, each with a feature of its name, and their optimizer."""
+    features = [FeatureConfig(name=table.name, table=table.name) for table in tables]
+    collection = DynamicEmbeddingCollection(tables, features, **({"backend": "naive", "seed": 5} | options))
+    return collection, SparseAdagrad(collection, lr=0.1)
+
+
+def train_step(
+    collection: DynamicEmbeddingCollection, optimizer: SparseOptimizer, batches: list[dict[str, Tensor]]
+) -> None:
+    """One optimizer step; the gradient of a row depends on its id's occurrences only."""
+    step = collection.prepare(batches).fetch()
+    for k in range(len(batches)):
+        loss = sum((rows * 0.01).sum() + rows.square().sum() for rows in step[k].values())
+        if isinstance(loss, Tensor):
+            loss.backward()
+    optimizer.step()
+
+
+def contents(collection: DynamicEmbeddingCollection) -> dict[str, Any]:
+    """Ids, use and what policies remember of each table on this rank."""
+    found: dict[str, Any] = {}
+    for name in collection.table_names:
+        position, logical = collection.placement[name]
+        table = collection.physical[position]
+        found[name] = {key: value.tolist() for key, value in collection.export_rows(name).items()}
+        candidates = table.side.get("candidates")
+        if candidates is not None:
+            ids, handles = candidates.sorted_keys(logical)
+            found[name]["candidates"] = [ids.tolist(), candidates.read(handles)["count"].tolist()]
+        found[name]["evicted"] = [x.tolist() for x in collection.drain_evicted(name)[:2]]
+    return found
+
+
+def run(rank: int, world_size: int, group: Any = None, micro_batches: int = 2, **options: Any) -> dict[str, Any]:
+    """Train on a drifting stream dealt to ranks and micro-batches; pin some ids, erase others on the way."""
+    collection, optimizer = build(policy_tables(), process_group=group, **options)
+    names = collection.table_names
+    for number, ids in enumerate(drifting_ids(STEPS, PER_STEP)):
+        mine = torch.from_numpy(ids)[rank::world_size]
+        batches = [dict.fromkeys(names, mine[k::micro_batches]) for k in range(micro_batches)]
+        train_step(collection, optimizer, batches)
+        if number == 2:
+            collection.pin("lru", torch.arange(-30 + rank, 0, world_size))
+    return contents(collection)
+
+
+def refuse(rank: int, world_size: int, group: Any) -> list[str]:
+    """Errors that every rank must raise, although one rank alone has reason to."""
+    messages = []
+    limited = TableConfig(name="a", embedding_dim=2, max_rows=5)
+    collection, _ = build([limited], process_group=group)
+    lone = torch.arange(6) if rank == world_size - 1 else torch.arange(0)
+    tight = TableConfig(name="a", embedding_dim=2, max_rows=5, eviction={"kind": "lru", "every": 1})
+    evicting, optimizer = build([tight], process_group=group)
+    for action in (
+        lambda: collection.prepare([{"a": lone}]),
+        lambda: train_step(evicting, optimizer, [{"a": lone}]),
+        lambda: collection.erase("a", lone.float() if rank == 0 else lone),
+        lambda: collection.prepare([{"a": lone}], insert=rank > 0 or world_size == 1),
+    ):
+        try:
+            action()
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return [*messages, str(collection.total_rows()), str(evicting.total_rows())]
+
+
+def erase(rank: int, world_size: int, group: Any) -> list[Any]:
+    """Erase ids that ranks give, some twice and some without a row."""
+    collection, optimizer = build([TableConfig(name="a", embedding_dim=2)], process_group=group)
+    train_step(collection, optimizer, [{"a": torch.arange(20)}])
+    erased = collection.erase("a", torch.tensor([3, 100 + rank, 5 + rank]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        collection.pin("a", torch.arange(3))
+    statistics = collection.statistics()["a"]
+    return [list(erased), collection.total_rows(), len(caught), statistics["rows"], statistics["erased"]]
+
+
+def all_worlds(rank: int, world_size: int) -> dict[str, Any]:
+    """Run every job on 1, 2, ... ranks: the others look on."""
+    results: dict[str, Any] = {}
+    for world in range(1, world_size + 1):
+        group = dist.new_group(list(range(world)))
+        if rank < world:
+            results[str(world)] = {
+                "merged": run(rank, world, group),
+                "apart": run(rank, world, group, 1, merge=False) if world in (1, 3) else None,
+                "refuse": refuse(rank, world, group),
+                "erase": erase(rank, world, group),
+            }
+    return results
