@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .hashing import owner
+from .step import DELETED, NO_ROW
 from .use import LAST_USE, as_slot, read_slot
 
 if TYPE_CHECKING:
@@ -104,12 +105,15 @@ def delete_rows(
 
 
 def _detach(step: "Step", table: "PhysicalTable", handles: Tensor) -> None:
-    """A handle may be given to another row: a step that outlives the row must not write there."""
+    """A handle may be given to another row: a step that outlives the row must not write there.
+
+    In a step that has fetched the row, its gradient is nobody's; for one that has not, the id is now unknown.
+    """
     for share in step.shares:
         if share.table is table:
             gone = torch.isin(share.handles, handles)
             if gone.any():
-                share.handles = share.handles.masked_fill(gone, -1)
+                share.handles = share.handles.masked_fill(gone, NO_ROW if share.leaf is None else DELETED)
 
 
 def _drop_oldest_half(log: "PhysicalTable") -> None:

@@ -32,10 +32,6 @@ class _Candidates:
     expired: int
 
     @property
-    def score_bits(self) -> int:
-        return 64 if self.policy["kind"] == "lfu" else 32
-
-    @property
     def policy(self) -> Mapping[str, Any]:
         assert self.config.eviction is not None
         return self.config.eviction
@@ -58,7 +54,8 @@ def evict_due(collection: "DynamicEmbeddingCollection") -> None:
     full: list[str] = []
     for c, total, evictable, expired in zip(found, totals[::3], totals[1::3], totals[2::3], strict=True):
         count = how_many(c.policy, c.config.max_rows, total, evictable, expired)
-        chosen = select_smallest(c.scores, c.ids, count, collection.exchange, score_bits=c.score_bits)
+        score_bits = 64 if c.policy["kind"] == "lfu" else -(-clock.bit_length() // 16) * 16
+        chosen = select_smallest(c.scores, c.ids, count, collection.exchange, score_bits=score_bits)
         delete_rows(collection, c.table, c.tables[chosen], c.ids[chosen], c.handles[chosen])
         collection.tally(c.config.name).evicted += int(chosen.sum())
         if c.config.max_rows is not None and total - count > c.config.max_rows and count == evictable:

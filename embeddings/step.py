@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
 
 
+NO_ROW, DELETED = -1, -2  # handles of ids without a row, and of rows that went after they were fetched
+
+
 @dataclass
 class TableShare:
     """What one physical table has to do with a step; U ids asked for here, R received from all ranks, O owned here."""
@@ -26,7 +29,7 @@ class TableShare:
     inverse: Tensor | None  # int64 [R]: received id -> owned pair; None when R = O = U, in the same order (one rank)
     tables: Tensor  # int32 [O]: logical table inside the physical one
     ids: Tensor  # int64 [O]
-    handles: Tensor  # int64 [O]; -1: no row
+    handles: Tensor  # int64 [O]; NO_ROW, DELETED: none
     leaf: Tensor | None = None  # float32 [U, dim], after fetch
 
     def owned_rows(self) -> Tensor:

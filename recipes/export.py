@@ -1,6 +1,6 @@
 """Makes a Hugging Face folder of a checkpoint: `AutoModelForRetrieval.from_pretrained` loads it.
 
-    python recipes/export.py --checkpoint outputs/demo/checkpoint-180 --output_dir outputs/demo/export-180
+python recipes/export.py --checkpoint outputs/demo/checkpoint-180 --output_dir outputs/demo/export-180
 """
 
 from dataclasses import dataclass

@@ -146,6 +146,6 @@ def _tokens(settings: dict[str, Any]) -> list[str]:
 
 
 def near(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """"; did you mean ...?" with the known names closest to `name`, or nothing."""
+    """ "; did you mean ...?" with the known names closest to `name`, or nothing."""
     matches = difflib.get_close_matches(name.replace("-", "_"), list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(prefix + match for match in matches)}?" if matches else ""

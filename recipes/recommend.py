@@ -1,7 +1,7 @@
 """Recommends items after a history, with an exported model; needs neither DeepSpeed nor a compiler.
 
-    python recipes/recommend.py --model outputs/demo/export --history 12,7,431 --top_k 10
-    python recipes/recommend.py --model outputs/demo/export --dataset_dir outputs/demo/dataset --user 3
+python recipes/recommend.py --model outputs/demo/export --history 12,7,431 --top_k 10
+python recipes/recommend.py --model outputs/demo/export --dataset_dir outputs/demo/dataset --user 3
 """
 
 import json

@@ -149,14 +149,26 @@ class TrainingLoop:
 
     def _evaluate(self, bar: Any) -> float:
         began = time.perf_counter()
+        self.log.write(self.step, self.epoch, self._table_metrics())
         metrics = self.evaluate()
+        unknown = {f"unknown_rate/{t}": s["unknown_rate"] for t, s in self.engine.collection.statistics().items()}
         seconds = time.perf_counter() - began
         self.last_evaluation = (self.step, metrics)
-        self.log.write(self.step, self.epoch, {**{f"eval/{k}": v for k, v in metrics.items()}, "eval/seconds": seconds})
+        line = {f"eval/{name}": value for name, value in (metrics | unknown | {"seconds": seconds}).items()}
+        self.log.write(self.step, self.epoch, line)
         if self.runtime.is_main:
             shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("ndcg@10", "hr@10", "hr@50", "mrr"))
             bar.write(f"evaluation after {self.step} steps: {shown}  ({seconds:.1f} s)")
         return seconds
+
+    def _table_metrics(self) -> dict[str, float]:
+        """Numbers of each table since the last evaluation. Collective."""
+        return {
+            f"tables/{table}/{name}": value
+            for table, statistics in self.engine.collection.statistics().items()
+            for name, value in statistics.items()
+            if isinstance(value, int | float)
+        }
 
     def _save(self) -> float:
         began = time.perf_counter()
