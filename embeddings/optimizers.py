@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .kernels import Slot
 from .reduction import RowGradients, agree_on_touched, reduce_gradients, squared_norm
