@@ -16,6 +16,11 @@ Correction correction_of(const UpdateRule& rule, int64_t step) {
     return {1 - pow(rule.beta1_exact, double(step)), static_cast<float>(sqrt(1 - pow(rule.beta2_exact, double(step))))};
 }
 
+// Room for one float32 row of each part, where rows are bfloat16.
+std::vector<float> scratch_rows(const RowsView& view, int parts) {
+    return std::vector<float>(view.bfloat16 ? static_cast<size_t>(view.dim * parts) : 0);
+}
+
 int slots_needed(int rule, const UpdateRule& update) {
     if (rule == GRZOO_SGD) return update.momentum != 0 ? 1 : 0;
     return rule == GRZOO_ADAM || rule == GRZOO_ADAMW ? 2 : 1;
@@ -85,6 +90,8 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vec
     }
     for (int segment = 0; segment < Index::kSegments; ++segment)
         if (per_segment[static_cast<size_t>(segment)]) index_.reserve(segment, per_segment[static_cast<size_t>(segment)]);
+    const int parts = parts_for(n, threads, kIdsPerThread / 8);
+    std::vector<float> scratch = scratch_rows(rows_.view(), parts);    // before anything is changed: it may throw
     rows_.reserve(n);
     std::vector<uint32_t> repeated;                                // rows of pairs that came twice in this call
     for (size_t k = 0; k < missing.size(); ++k) {
@@ -99,12 +106,11 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vec
     for (uint32_t row : repeated) rows_.give_back(row);
     size_ += n - static_cast<int64_t>(repeated.size());
     const RowsView view = rows_.view();
-    parallel_ranges(n, threads, kIdsPerThread / 8, [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(view.bfloat16 ? static_cast<size_t>(view.dim) : 0);
-        for (int64_t k = begin; k < end; ++k) {
+    parallel(parts, [&](int part) {
+        for (int64_t k = part_begin(n, parts, part); k < part_begin(n, parts, part + 1); ++k) {
             const int64_t i = missing[static_cast<size_t>(k)];
             if (i < 0) continue;
-            float* row = view.bfloat16 ? scratch.data() : view.record(handles[i]);
+            float* row = view.bfloat16 ? scratch.data() + part * view.dim : view.record(handles[i]);
             kernels().initial(laws_[static_cast<size_t>(tables[i])], ids[i], column_words_.data(), view.dim, row);
             if (view.bfloat16) kernels().store(view, handles[i], row);
             rows_.fill_state(handles[i]);
@@ -182,13 +188,13 @@ void Storage::update(int rule, const int64_t* slots, const int64_t* handles, int
     update.column_words = column_words_.data();
     check_handles(handles, n, 0);
     const RowsView view = rows_.view();
-    parallel_ranges(n, threads, kIdsPerThread / 4,
-                    [&](int64_t begin, int64_t end) {
-                        std::vector<float> scratch(view.bfloat16 ? static_cast<size_t>(view.dim) : 0);
-                        UpdateRule mine = update;
-                        mine.scratch = scratch.data();
-                        kernels().update[rule](view, mine, handles, grads, begin, end);
-                    });
+    const int parts = parts_for(n, threads, kIdsPerThread / 4);
+    std::vector<float> scratch = scratch_rows(view, parts);
+    parallel(parts, [&](int part) {
+        UpdateRule mine = update;
+        if (view.bfloat16) mine.scratch = scratch.data() + part * view.dim;
+        kernels().update[rule](view, mine, handles, grads, part_begin(n, parts, part), part_begin(n, parts, part + 1));
+    });
 }
 
 void Storage::keys(int32_t* tables, int64_t* ids, int64_t* handles) const {
