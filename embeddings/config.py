@@ -58,7 +58,7 @@ class TableConfig(_JsonConfig):
             "otherwise": one of those}: vectors {"ids": int64 [n], "rows": float32 [n, dim]} of a safetensors file,
             which is read when a row is first inserted, and the other law for ids that it lacks.
         unknown: what a lookup returns for an id that gets no row: "zeros", the "initial" value, or a "shared" row,
-            which is trained by the gradients of all such ids.
+            which is trained by the gradients of all such ids (those that `admission` makes wait).
         init_key: names the stream of initial values (default: the table's name, so that renaming needs it).
         row_dtype: how rows are stored: "float32" or "bfloat16". Lookups give float32; optimizer state is float32.
         row_rounding: how updates are rounded to bfloat16 rows: "stochastic" (the default: small updates are not lost,
@@ -128,6 +128,12 @@ class TableConfig(_JsonConfig):
             object.__setattr__(self, "admission", check_admission(self.name, self.admission))
         if self.eviction is not None:
             object.__setattr__(self, "eviction", check_eviction(self.name, self.eviction, self.max_rows))
+        if self.unknown == "shared" and self.min_count == 1:
+            warnings.warn(
+                f"the shared row of table {self.name!r} stays as it is: without admission every id that training"
+                ' inserts has a row of its own; give it admission={"min_count": ...}',
+                stacklevel=4,
+            )
 
     @property
     def tracks_use(self) -> bool:

@@ -66,7 +66,8 @@ def bags_of(feature: FeatureConfig, given: FeatureInput) -> Bags | None:
         return None
     mean = feature.pooling == "mean"
     if isinstance(given, Jagged):
-        return Bags(given.offsets.long(), given.weights, mean, (len(given.offsets) - 1,))
+        weights = None if given.weights is None else given.weights.contiguous()
+        return Bags(given.offsets.long().contiguous(), weights, mean, (len(given.offsets) - 1,))
     shape, length = given.shape[:-1], given.shape[-1]
     offsets = torch.arange(shape.numel() + 1, dtype=torch.int64, device=given.device) * length
     return Bags(offsets, None, mean, tuple(shape))

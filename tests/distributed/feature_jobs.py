@@ -31,7 +31,7 @@ def build(vectors: str) -> DynamicEmbeddingCollection:
     tables = [
         TableConfig(name="item", embedding_dim=4, initializer=pretrained),
         TableConfig(name="word", embedding_dim=6, initializer=uniform, row_dtype="bfloat16"),
-        TableConfig(name="user", embedding_dim=4, initializer=uniform, unknown="shared"),
+        TableConfig(name="user", embedding_dim=4, initializer=uniform, unknown="shared", admission={"min_count": 2}),
     ]
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     return DynamicEmbeddingCollection(tables, FEATURES, seed=3, backend="host", process_group=group)
@@ -72,7 +72,13 @@ def train(rank: int, world_size: int, vectors: str, folder: str) -> Any:
     tables = build(vectors)
     optimizer = SparseAdagrad(tables, lr=0.3, max_grad_norm=1.0)
     with torch.no_grad():
-        tables({"user": torch.arange(-9, 9, 2), "input_ids": torch.arange(-9, 9), "title": torch.arange(-9, 9)[None]})
+        tables(
+            {
+                "user": torch.arange(-9, 9, 2).repeat(2),
+                "input_ids": torch.arange(-9, 9),
+                "title": torch.arange(-9, 9)[None],
+            }
+        )
     norms = []
     for step in range(STEPS):
         mine = [sample(step, i) for i in range(6) if i * i % world_size == rank]

@@ -107,7 +107,12 @@ def test_lengths_and_offsets_of_32_bits_are_the_same_bags() -> None:
     tables = build().eval()
     lengths = OFFSETS.diff()
     expected = tables({"basket": Jagged(VALUES, OFFSETS)}, insert=True)["basket"]
-    for jagged in (Jagged.from_lengths(VALUES, lengths), Jagged(VALUES, OFFSETS.int())):
+    strided = torch.stack([OFFSETS, OFFSETS], 1)[:, 0], torch.ones(8, 2)[:, 0]
+    for jagged in (
+        Jagged.from_lengths(VALUES, lengths),
+        Jagged(VALUES, OFFSETS.int()),
+        Jagged(VALUES, *strided),
+    ):
         assert torch.equal(tables({"basket": jagged})["basket"], expected)
 
 

@@ -1,4 +1,4 @@
-"""unknown="shared": ids without a row share a trained one. S2, S4, S6, S9, S12, S20, S27, S28."""
+"""unknown="shared": ids without a row share a trained one. S2, S4, S6, S8, S9, S12, S20, S27, S28."""
 
 import copy
 from pathlib import Path
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 TABLES = [
     TableConfig(name="plain", embedding_dim=4),
-    TableConfig(name="item", embedding_dim=4, unknown="shared"),
-    TableConfig(name="user", embedding_dim=4, unknown="shared"),
+    TableConfig(name="item", embedding_dim=4, unknown="shared", admission={"min_count": 2}),
+    TableConfig(name="user", embedding_dim=4, unknown="shared", admission={"min_count": 2}),
 ]
 FEATURES = [FeatureConfig(name=config.name, table=config.name) for config in TABLES]
 KNOWN = torch.tensor([0, 1, 2, -1, 2**63 - 1])  # none of them stands for "unknown"
@@ -29,7 +29,7 @@ UNKNOWN = torch.tensor([77, -(2**63), 78])
 def build(backend: str = "naive", **options: bool) -> DynamicEmbeddingCollection:
     tables = DynamicEmbeddingCollection(TABLES, FEATURES, backend=backend, seed=1, **options)
     with torch.no_grad():
-        tables({"item": KNOWN, "user": KNOWN, "plain": KNOWN})
+        tables({name: KNOWN.repeat(2) for name in ("item", "user", "plain")})
     return tables
 
 
@@ -97,6 +97,27 @@ def test_s9_law1_micro_batches_and_the_norm_for_clipping() -> None:
     dense.weight.requires_grad_()
     loss_of(dense(torch.tensor([5, 5, 5, 0, 1, 2, 3, 4]))).backward()
     assert optimizers[0].grad_norm == pytest.approx(dense.weight.grad.norm().item())
+
+
+def test_s8_an_id_trains_the_shared_row_until_it_is_admitted() -> None:
+    tables = build()
+    optimizer = SparseSGD(tables, lr=0.1)
+    before = tables.shared_row("item")["rows"]
+    loss_of(tables({"item": UNKNOWN})["item"]).backward()
+    optimizer.step()
+    after = tables.shared_row("item")["rows"]
+    gradient = 2 * before * torch.arange(1.0, 5.0) + 1
+    torch.testing.assert_close(after, before - 0.1 * 3 * gradient)
+    rows = tables({"item": UNKNOWN[:1]})["item"]  # met for the second time
+    assert tables.num_rows("item") == len(KNOWN) + 1 and not torch.equal(rows, after)
+    rows.sum().backward()
+    optimizer.step()
+    assert torch.equal(tables.shared_row("item")["rows"], after)
+
+
+def test_a_shared_row_that_training_would_not_reach_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="the shared row of table 'x' stays as it is: without admission"):
+        TableConfig(name="x", embedding_dim=2, unknown="shared")
 
 
 def test_s12_a_step_without_unknown_ids_leaves_it_alone() -> None:

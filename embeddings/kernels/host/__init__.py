@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from grzoo.embeddings.kernels.base import Backend, RowInit, TableStorage, Unique
 from torch import Tensor
 
-from .functions import segment_sum, take_rows, unique
+from .functions import pool_rows, segment_sum, take_rows, unique, unpool_rows
 from .library import library
 from .storage import HostStorage
 
@@ -31,6 +31,14 @@ class HostBackend(Backend):
 
     def take_rows(self, values: Tensor, index: Tensor) -> Tensor:
         return take_rows(values, index)
+
+    def pool_rows(self, values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return pool_rows(values, index, offsets, weights)
+
+    def unpool_rows(
+        self, grads: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, out: Tensor
+    ) -> Tensor:  # fmt: skip
+        return unpool_rows(grads, index, offsets, weights, out)
 
     def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
         return segment_sum(values, index, num_segments, out)

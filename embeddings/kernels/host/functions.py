@@ -44,3 +44,32 @@ def take_rows(values: Tensor, index: Tensor) -> Tensor:
     source = pointer(values, torch.float32, rows, dim, name="values")
     call("take_rows", source, rows, pointer(index, torch.int64, n, name="index"), n, dim, out.data_ptr(), num_threads())
     return out
+
+
+def pool_rows(values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """See `Backend.pool_rows`: no row but the sums is written."""
+    (rows, dim), n, bags = values.shape, len(index), len(offsets) - 1
+    out = torch.empty(bags, dim, dtype=torch.float32, device="cpu")
+    source = pointer(values, torch.float32, rows, dim, name="values")
+    bag = _bags(index, offsets, weights)
+    call("pool_rows", source, rows, bag[0], n, bag[1], bags, bag[2], dim, out.data_ptr(), num_threads())
+    return out
+
+
+def unpool_rows(grads: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:
+    """See `Backend.unpool_rows`."""
+    (bags, dim), n, rows = grads.shape, len(index), len(out)
+    source = pointer(grads, torch.float32, len(offsets) - 1, dim, name="grads")
+    target = pointer(out, torch.float32, rows, dim, name="out")
+    bag = _bags(index, offsets, weights)
+    call("unpool_rows", source, bag[0], n, bag[1], bags, bag[2], rows, dim, target, num_threads())
+    return out
+
+
+def _bags(index: Tensor, offsets: Tensor, weights: Tensor | None) -> tuple[int | None, int | None, int | None]:
+    n = len(index)
+    return (
+        pointer(index, torch.int64, n, name="index"),
+        pointer(offsets, torch.int64, len(offsets), name="offsets"),
+        pointer(weights, torch.float32, n, name="weights"),
+    )

@@ -30,6 +30,11 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "unique": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, _COUNT, c_int]),
     "segment_sum": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int, c_int]),
     "take_rows": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int]),
+    "pool_rows": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int]),
+    "unpool_rows": (
+        c_int,
+        [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int],
+    ),
     "storage_new": (c_int, [c_int64, c_int, POINTER(c_void_p)]),
     "storage_free": (None, [c_void_p]),
     "storage_initializer": (c_int, [c_void_p, c_int32, c_int, c_int64, c_float, c_void_p]),

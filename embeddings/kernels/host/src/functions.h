@@ -13,6 +13,12 @@ void segment_sum(const float* values, const int64_t* index, int64_t n, int64_t d
 
 void take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out, int threads);
 
+// What `Backend.pool_rows` and `unpool_rows` define; weights may be null.
+void pool_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, const int64_t* offsets, int64_t bags,
+               const float* weights, int64_t dim, float* out, int threads);
+void unpool_rows(const float* grads, const int64_t* index, int64_t n, const int64_t* offsets, int64_t bags,
+                 const float* weights, int64_t rows, int64_t dim, float* out, int threads);
+
 // Throws InvalidArgument naming the first value outside [low, high).
 void check_range(const int64_t* values, int64_t n, int64_t low, int64_t high, const char* what);
 

@@ -33,6 +33,11 @@ int grzoo_segment_sum(const float* values, const int64_t* index, int64_t n, int6
                       int accumulate, int threads);
 int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out,
                     int threads);
+// bags b of rows offsets[b] .. offsets[b + 1]; weights may be null; out of the second has `rows` rows and is added to
+int grzoo_pool_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, const int64_t* offsets, int64_t bags,
+                    const float* weights, int64_t dim, float* out, int threads);
+int grzoo_unpool_rows(const float* grads, const int64_t* index, int64_t n, const int64_t* offsets, int64_t bags,
+                      const float* weights, int64_t rows, int64_t dim, float* out, int threads);
 
 // bfloat16 != 0: rows are that, state and all that is given and returned is float32
 int grzoo_storage_new(int64_t dim, int bfloat16, GrzooStorage** out);

@@ -3,6 +3,7 @@
 #include "memory.cpp"
 #include "pool.cpp"
 #include "segments.cpp"
+#include "pooling.cpp"
 #include "unique.cpp"
 #include "rows.cpp"
 #include "storage.cpp"

@@ -79,6 +79,16 @@ int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int
     return guarded([&] { grzoo::take_rows(values, rows, index, n, dim, out, threads); });
 }
 
+int grzoo_pool_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, const int64_t* offsets, int64_t bags,
+                    const float* weights, int64_t dim, float* out, int threads) {
+    return guarded([&] { grzoo::pool_rows(values, rows, index, n, offsets, bags, weights, dim, out, threads); });
+}
+
+int grzoo_unpool_rows(const float* grads, const int64_t* index, int64_t n, const int64_t* offsets, int64_t bags,
+                      const float* weights, int64_t rows, int64_t dim, float* out, int threads) {
+    return guarded([&] { grzoo::unpool_rows(grads, index, n, offsets, bags, weights, rows, dim, out, threads); });
+}
+
 int grzoo_storage_new(int64_t dim, int bfloat16, GrzooStorage** out) {
     return guarded([&] {
         if (dim <= 0) throw grzoo::InvalidArgument("the width of a row is " + std::to_string(dim) + ": it must be positive");

@@ -305,11 +305,48 @@ void adamw(const RowsView& rows, const UpdateRule& rule, const int64_t* handles,
     (rule.weight_decay == 0 ? adam_rows<0> : adam_rows<2>)(rows, rule, handles, grads, begin, end);
 }
 
+// A product is rounded before it is added, as in `kernels/base.py`.
+inline void add_weighted(float* __restrict__ out, const float* __restrict__ row, float weight, int64_t dim) {
+    for (int64_t j = 0; j < dim; ++j) out[j] += row[j] * weight;
+}
+
+void pool_rows(const float* values, const int64_t* index, const int64_t* offsets, const float* weights, int64_t begin,
+               int64_t end, int64_t dim, float* out) {
+    const int64_t stop = offsets[end];
+    for (int64_t b = begin; b < end; ++b) {
+        float* sum = out + b * dim;
+        memset(sum, 0, sizeof(float) * dim);
+        for (int64_t i = offsets[b]; i < offsets[b + 1]; ++i) {
+            if (i + kAhead < stop) prefetch_row<0>(values + index[i + kAhead] * dim, dim);
+            if (weights)
+                add_weighted(sum, values + index[i] * dim, weights[i], dim);
+            else
+                add_row(sum, values + index[i] * dim, dim);
+        }
+    }
+}
+
+void unpool_rows(const float* grads, const int64_t* index, const int64_t* offsets, const float* weights, int64_t bags,
+                 int64_t dim, int64_t first, int64_t last, float* out) {
+    const int64_t width = last - first, stop = offsets[bags];
+    for (int64_t b = 0; b < bags; ++b) {
+        const float* grad = grads + b * dim + first;
+        for (int64_t i = offsets[b]; i < offsets[b + 1]; ++i) {
+            if (i + kAhead < stop) prefetch_row<1>(out + index[i + kAhead] * dim + first, width);
+            if (weights)
+                add_weighted(out + index[i] * dim + first, grad, weights[i], width);
+            else
+                add_row(out + index[i] * dim + first, grad, width);
+        }
+    }
+}
+
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
     GRZOO_STRING(GRZOO_ISA), gather, take_rows, add_rows, initial, store, {sgd, adagrad, rowwise_adagrad, adam, adamw},
+    pool_rows, unpool_rows,
 };
 
 }  // namespace GRZOO_ISA

@@ -70,6 +70,12 @@ struct Kernels {
     void (*store)(const RowsView&, int64_t handle, const float* row);
     void (*update[5])(const RowsView&, const UpdateRule&, const int64_t* handles, const float* grads, int64_t begin,
                       int64_t end);
+    // out[b] = sum of weights[i] * values[index[i]] over offsets[b] <= i < offsets[b + 1], in this order; weights may be null
+    void (*pool_rows)(const float* values, const int64_t* index, const int64_t* offsets, const float* weights, int64_t begin,
+                      int64_t end, int64_t dim, float* out);
+    // columns [first, last) of out[index[i]] += weights[i] * grads[b] for the i of all bags b, in this order
+    void (*unpool_rows)(const float* grads, const int64_t* index, const int64_t* offsets, const float* weights, int64_t bags,
+                        int64_t dim, int64_t first, int64_t last, float* out);
 };
 
 const Kernels& kernels();                 // of the widest instruction set that runs here
