@@ -7,6 +7,7 @@ from typing import Any
 __version__ = version("grzoo")
 
 _PUBLIC_NAMES = {
+    "AutoModelForRanking": "grzoo.models",
     "AutoModelForRetrieval": "grzoo.models",
     "DynamicEmbeddingCollection": "grzoo.embeddings",
     "FeatureConfig": "grzoo.embeddings",
@@ -14,6 +15,9 @@ _PUBLIC_NAMES = {
     "HSTUConfig": "grzoo.models",
     "HSTUForRetrieval": "grzoo.models",
     "HSTUModel": "grzoo.models",
+    "MTGRConfig": "grzoo.models",
+    "MTGRForRanking": "grzoo.models",
+    "MTGRModel": "grzoo.models",
     "TableConfig": "grzoo.embeddings",
     "initialize": "grzoo.embeddings.engine",
 }

@@ -2,23 +2,32 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .auto import AutoModelForRetrieval
+from .auto import AutoModelForRanking, AutoModelForRetrieval
 from .base import GenRecPreTrainedModel
 from .hstu import HSTUConfig, HSTUForRetrieval, HSTUModel
-from .outputs import GenRecModelOutput, RetrievalModelOutput, RetrievalOutput
+from .mtgr import MTGRConfig, MTGRForRanking, MTGRModel
+from .outputs import GenRecModelOutput, RankingModelOutput, RetrievalModelOutput, RetrievalOutput
 from .retrieval import ShardedCatalogue
 
 AutoConfig.register(HSTUConfig.model_type, HSTUConfig, exist_ok=True)
 AutoModel.register(HSTUConfig, HSTUModel, exist_ok=True)
 AutoModelForRetrieval.register(HSTUConfig, HSTUForRetrieval, exist_ok=True)
+AutoConfig.register(MTGRConfig.model_type, MTGRConfig, exist_ok=True)
+AutoModel.register(MTGRConfig, MTGRModel, exist_ok=True)
+AutoModelForRanking.register(MTGRConfig, MTGRForRanking, exist_ok=True)
 
 __all__ = [
+    "AutoModelForRanking",
     "AutoModelForRetrieval",
     "GenRecModelOutput",
     "GenRecPreTrainedModel",
     "HSTUConfig",
     "HSTUForRetrieval",
     "HSTUModel",
+    "MTGRConfig",
+    "MTGRForRanking",
+    "MTGRModel",
+    "RankingModelOutput",
     "RetrievalModelOutput",
     "RetrievalOutput",
     "ShardedCatalogue",

@@ -9,6 +9,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAuto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 MODEL_FOR_RETRIEVAL_MAPPING = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
+MODEL_FOR_RANKING_MAPPING = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
 
 
 class SharedGroup:
@@ -21,17 +22,8 @@ class SharedGroup:
         return self
 
 
-class AutoModelForRetrieval(_BaseAutoModelClass):
-    """Loads the retrieval model that a folder or hub repository holds, tables included.
-
-    `transformers.AutoModel` would load the bare backbone; recommending needs this class.
-
-    Example:
-        model = AutoModelForRetrieval.from_pretrained("path/or/hub-id")
-        model.recommend(history, top_k=10)
-    """
-
-    _model_mapping: Any = MODEL_FOR_RETRIEVAL_MAPPING
+class _AutoModelWithTables(_BaseAutoModelClass):
+    """An auto class whose `from_pretrained` takes a process group for the tables."""
 
     @classmethod
     def from_pretrained(
@@ -47,4 +39,33 @@ class AutoModelForRetrieval(_BaseAutoModelClass):
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
 
-__all__ = ["AutoModelForRetrieval", "MODEL_FOR_RETRIEVAL_MAPPING"]
+class AutoModelForRetrieval(_AutoModelWithTables):
+    """Loads the retrieval model that a folder or hub repository holds, tables included.
+
+    `transformers.AutoModel` would load the bare backbone; recommending needs this class.
+
+    Example:
+        model = AutoModelForRetrieval.from_pretrained("path/or/hub-id")
+        model.recommend(history, top_k=10)
+    """
+
+    _model_mapping: Any = MODEL_FOR_RETRIEVAL_MAPPING
+
+
+class AutoModelForRanking(_AutoModelWithTables):
+    """Loads the ranking model that a folder or hub repository holds, tables included.
+
+    Example:
+        model = AutoModelForRanking.from_pretrained("path/or/hub-id")
+        model.score(history, candidates, timestamps=times, candidate_timestamps=now)
+    """
+
+    _model_mapping: Any = MODEL_FOR_RANKING_MAPPING
+
+
+__all__ = [
+    "AutoModelForRanking",
+    "AutoModelForRetrieval",
+    "MODEL_FOR_RANKING_MAPPING",
+    "MODEL_FOR_RETRIEVAL_MAPPING",
+]

@@ -45,3 +45,16 @@ class RetrievalOutput(ModelOutput):
 
     item_ids: Tensor | None = None
     scores: Tensor | None = None
+
+
+@dataclass
+class RankingModelOutput(ModelOutput):
+    """Output of a model for ranking.
+
+    Attributes:
+        loss: scalar, with labels: the sum over the tasks of binary cross-entropy / `num_items_in_batch`.
+        logits: float32 [1, C, tasks] for packed candidates, [B, K, tasks] for padded ones (zero at padding).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None

@@ -106,3 +106,150 @@ def micro_model() -> Iterator[Callable[..., HSTUForRetrieval]]:
 
     yield build
     kept.clear()
+
+
+RANKING = dict(
+    hidden_size=8,
+    embedding_dim=5,
+    user_features=["age", "gender"],
+    event_features=["action"],
+    item_features={"genres": 4},
+    cross_features=["count", "mean"],
+    tasks=["like", "love"],
+    max_sequence_length=20,
+    hidden_dropout=0.2,
+    initializer={"kind": "uniform", "scale": 1.0},
+)
+_EVENTS = ("input_ids", "timestamps", "event_features", "item_features", "token_keys")
+_CANDIDATES = (
+    "candidate_ids",
+    "candidate_timestamps",
+    "candidate_features",
+    "cross_features",
+    "labels",
+    "label_mask",
+    "candidate_keys",
+)
+_STARTS = {"cu_seq_lens_q": _EVENTS, "cu_seq_lens_candidates": _CANDIDATES}
+
+
+def make_ranking_batch(histories: list[int], candidates: list[int], *, seed: int = 0) -> Batch:
+    """A packed ranking micro-batch: times with ties, real-time parts that overlap the candidates in time."""
+    g = torch.Generator().manual_seed(seed)
+    users, total, exposed = len(histories), sum(histories), sum(candidates)
+
+    def ints(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=g)
+
+    def times(counts: list[int], low: int) -> torch.Tensor:
+        parts = [torch.sort(ints(low, 30, n)).values for n in counts]
+        return torch.cat([ints(0, 1, 0), *parts])[None]
+
+    recent = torch.tensor([min(n, 4) for n in histories], dtype=torch.int64)
+    event_times = times(histories, 10)
+    starts = torch.tensor([0, *histories]).cumsum(0)
+    for user in range(users):  # the long-term part precedes all candidates
+        event_times[0, starts[user] : starts[user + 1] - recent[user]] = 5
+    return {
+        "input_ids": ints(-7, 12, 1, total) * 10**17,
+        "timestamps": event_times,
+        "event_features": ints(0, 3, 1, total, 1),
+        "item_features": ints(0, 16, 1, total, 1),
+        "token_keys": ints(-(2**62), 2**62, 1, total),
+        "cu_seq_lens_q": starts.int(),
+        "num_recent": recent,
+        "user_features": ints(0, 4, users, 2),
+        "user_keys": ints(-(2**62), 2**62, users),
+        "candidate_ids": ints(-7, 12, 1, exposed) * 10**17,
+        "candidate_timestamps": times(candidates, 10),
+        "candidate_features": ints(0, 16, 1, exposed, 1),
+        "cross_features": torch.randn(1, exposed, 2, generator=g),
+        "labels": ints(0, 2, 1, exposed, 2).float(),
+        "label_mask": torch.rand(1, exposed, 2, generator=g) < 0.8,
+        "candidate_keys": ints(-(2**62), 2**62, 1, exposed),
+        "cu_seq_lens_candidates": torch.tensor([0, *candidates]).cumsum(0).int(),
+    }
+
+
+def take_ranking_users(batch: Batch, users: list[int]) -> Batch:
+    """The ranking micro-batch of some of the users."""
+    taken: Batch = {name: batch[name][users] for name in ("num_recent", "user_features", "user_keys")}
+    for starts_name, names in _STARTS.items():
+        starts = batch[starts_name].tolist()
+        tokens = torch.cat([torch.arange(0), *(torch.arange(starts[u], starts[u + 1]) for u in users)])
+        taken |= {name: batch[name][:, tokens] for name in names}
+        taken[starts_name] = torch.tensor([0, *(starts[u + 1] - starts[u] for u in users)]).cumsum(0).int()
+    return taken
+
+
+def pad_ranking(batch: Batch, *, left: bool) -> Batch:
+    """The padded form, with junk at padded places."""
+    padded: Batch = {name: batch[name] for name in ("num_recent", "user_features", "user_keys")}
+    masks = {"cu_seq_lens_q": "attention_mask", "cu_seq_lens_candidates": "candidate_mask"}
+    for starts_name, names in _STARTS.items():
+        lengths = batch[starts_name].diff().tolist()
+        width = max(lengths, default=0) + 2
+        place = torch.arange(width)
+        mask = torch.stack([(place >= width - n) if left else (place < n) for n in lengths])
+        padded[masks[starts_name]] = mask.long()
+        for name in names:
+            x = batch[name]
+            junk = torch.full((*mask.shape, *x.shape[2:]), 1, dtype=x.dtype)
+            padded[name] = junk.masked_scatter(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x)
+    return padded
+
+
+def ranking_step(
+    model: Any, parts: list[Batch]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[Any, torch.Tensor]]:
+    """Loss, dense gradients by name and row gradients by (table, id), of micro-batches prepared as one step."""
+    model.zero_grad()
+    step = model.embeddings.prepare([model.embedding_ids(batch) for batch in parts]).fetch()
+    known = [
+        (b["label_mask"] & (b["candidate_mask"].bool()[..., None] if "candidate_mask" in b else True)) for b in parts
+    ]
+    counts = [max(1, int(n)) for n in sum(mask.flatten(0, 1).sum(0) for mask in known)]
+    loss, rows = torch.zeros(()), {}
+    for k, batch in enumerate(parts):
+        part = model(**batch, embeddings=step[k], num_items_in_batch=counts).loss
+        part.backward()
+        loss = loss + part.detach()
+    for k, batch in enumerate(parts):
+        for name, ids in model.embedding_ids(batch).items():
+            leaf_grad = {id(share): share.leaf.grad for share in step.shares}
+            table = model.embeddings.features[name].table
+            share, _, index = step[k]._use(name)
+            rows |= {(table, i): leaf_grad[id(share)][r] for i, r in zip(ids.tolist(), index.tolist(), strict=True)}
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}, rows
+
+
+def assert_same_step(got: Any, want: Any, atol: float = 1e-6) -> None:
+    """Two results of `ranking_step` are equal up to rounding."""
+    torch.testing.assert_close(got[0], want[0], atol=atol, rtol=1e-5)
+    assert got[1].keys() == want[1].keys() and got[2].keys() == want[2].keys()
+    for name in want[1]:
+        torch.testing.assert_close(got[1][name], want[1][name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for key in want[2]:
+        torch.testing.assert_close(got[2][key], want[2][key], atol=atol, rtol=1e-4)
+
+
+@pytest.fixture
+def ranking() -> Any:
+    """Namespace of the helpers above; `ranking.fields` are those of a small configuration."""
+    functions = (make_ranking_batch, take_ranking_users, pad_ranking, ranking_step, assert_same_step)
+    return type("Ranking", (), {f.__name__: staticmethod(f) for f in functions} | {"fields": RANKING})
+
+
+@pytest.fixture
+def ranking_model() -> Iterator[Callable[..., Any]]:
+    """Builds a small ranking model of a class, with an attached sparse optimizer."""
+    kept = []
+
+    def build(model_class: Any, config_class: Any, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+        torch.manual_seed(0)
+        model = model_class(config_class(**RANKING | fields), embedding_backend="naive").to(dtype).train()
+        kept.append(SparseSGD(model.embeddings, lr=0.1))
+        return model
+
+    yield build
+    kept.clear()
