@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from .tensor_file import TensorFile
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
 
+ROW_DTYPES = (torch.float32, torch.bfloat16)
 CHUNK_BYTES = 32 << 20  # read at a time; two chunks are in memory
 
 
@@ -48,7 +49,7 @@ def load_tables(
     try:
         index = read_index(folder)
         metadata = index["metadata"]
-        with_state = _check(collection, metadata, state)
+        with_state = check_metadata(collection, metadata, state)
         fresh = _empty_tables(collection, metadata, with_state)
         first, end = bucket_range(exchange.rank, exchange.world_size)
         _reserve(collection, fresh, metadata["rows"], (end - first) / NUM_BUCKETS)
@@ -70,8 +71,8 @@ def load_tables(
     collection.replace_physical(fresh)
 
 
-def _check(collection: "DynamicEmbeddingCollection", metadata: Mapping[str, Any], state: bool | None) -> bool:
-    """Raise ValueError where file and collection differ; return whether to load the state."""
+def check_metadata(collection: "DynamicEmbeddingCollection", metadata: Mapping[str, Any], state: bool | None) -> bool:
+    """Raise ValueError where files and collection differ; return whether to load the state."""
     saved = {config["name"]: TableConfig.from_dict(config) for config in metadata["tables"]}
     pairs: list[tuple[str, Any, Any]] = [
         ("hash version", metadata["hash_version"], HASH_VERSION),
@@ -145,7 +146,7 @@ def _load_shard(
             table = fresh[position]
             where = f"table {name!r} in {path}"
             columns = {IDS: (torch.int64, 0), **table.columns(state=with_state)}
-            _check_columns(where, file, name, columns, shard["rows"][name])
+            check_columns(where, file, name, columns, shard["rows"][name])
             start, stop = _row_range(file, name, shard["buckets"], span)
             order = OrderCheck(where, span)
             with contextlib.closing(_read_chunks(file, name, columns, start, stop)) as chunks:
@@ -153,47 +154,64 @@ def _load_shard(
                     ids = values.pop(IDS)
                     order.check(ids)
                     tables = torch.full(ids.shape, logical, dtype=torch.int32, device="cpu")
-                    table.write(tables, ids, values.pop("rows"), values)
+                    table.write(tables, ids, values.pop("rows").to(columns["rows"][0]), values)
 
 
-def _check_columns(where: str, file: TensorFile, name: str, columns: Mapping[str, Column], rows: int) -> None:
+def check_columns(where: str, file: TensorFile, name: str, columns: Mapping[str, Column], rows: int) -> None:
+    """Raise ValueError unless a file has the columns of a table with so many rows; rows may be bfloat16."""
     for column, kind in columns.items():
         found, expected = file[f"{name}.{column}"], column_shape(kind, rows)
         if found.shape != expected:
             raise ValueError(f"{column!r} of {where} has shape {list(found.shape)}, it should have {list(expected)}")
-        if found.dtype != kind[0]:
+        if found.dtype != kind[0] and not (column == "rows" and found.dtype in ROW_DTYPES):
             raise ValueError(f"{column!r} of {where} is {found.dtype}, it should be {kind[0]}")
 
 
-def _row_range(file: TensorFile, name: str, buckets: tuple[int, int], span: tuple[int, int]) -> tuple[int, int]:
+def _row_range(file: TensorFile, name: str, buckets: Sequence[int], span: tuple[int, int]) -> tuple[int, int]:
     """Return where the rows of buckets [span) begin and end in a shard of `buckets`."""
-    rows = file[f"{name}.{IDS}"].shape[0]
     if f"{name}.{OFFSETS}" not in file.tensors:  # written by an early version
         found = bucket(file.read(f"{name}.{IDS}"))
         start, stop = torch.searchsorted(found, torch.tensor(span, dtype=torch.int64)).tolist()
         return start, stop
-    offsets = file.read(f"{name}.{OFFSETS}")
-    shape = (buckets[1] - buckets[0] + 1,)
-    if offsets.shape != shape or int(offsets[0]) != 0 or int(offsets[-1]) != rows or (torch.diff(offsets) < 0).any():
-        raise ValueError(f"{name}.{OFFSETS!r} in {file.path} is damaged: it should lead from 0 to {rows} rows")
+    offsets = read_offsets(file, name, buckets)
     return int(offsets[span[0] - buckets[0]]), int(offsets[span[1] - buckets[0]])
+
+
+def read_offsets(file: TensorFile, name: str, buckets: Sequence[int]) -> Tensor:
+    """Return where each of the buckets [first, end) begins, int64 [buckets + 1]; ValueError when that cannot be."""
+    rows = file[f"{name}.{IDS}"].shape[0]
+    offsets = file.read(f"{name}.{OFFSETS}")
+    is_shaped = offsets.dtype == torch.int64 and offsets.shape == (buckets[1] - buckets[0] + 1,)
+    if not is_shaped or int(offsets[0]) != 0 or int(offsets[-1]) != rows or (torch.diff(offsets) < 0).any():
+        raise ValueError(f"{name}.{OFFSETS} in {file.path} is damaged: it should lead from 0 to {rows} rows")
+    return offsets
 
 
 def _read_chunks(
     file: TensorFile, name: str, columns: Mapping[str, Column], start: int, stop: int
 ) -> Generator[dict[str, Tensor]]:
-    """Yield rows [start, stop) in chunks, column -> values; the next chunk is read by a thread meanwhile."""
-    rows = max(1, CHUNK_BYTES // sum(column_bytes(kind) for kind in columns.values()))
+    """Yield rows [start, stop) in chunks, column -> values; the next chunk is read by a thread meanwhile.
+
+    The values of a chunk last until the next one is asked for: two sets of buffers take turns.
+    """
+    rows = max(1, min(CHUNK_BYTES // sum(map(column_bytes, columns.values())), stop - start))
+    stored = {column: file[f"{name}.{column}"] for column in columns}
+    buffers = [
+        {c: torch.empty(rows, *s.shape[1:], dtype=s.dtype, device="cpu") for c, s in stored.items()} for _ in range(2)
+    ]
 
     def read(at: int) -> dict[str, Tensor]:
-        return {column: file.read(f"{name}.{column}", at, min(at + rows, stop)) for column in columns}
+        end = min(at + rows, stop)
+        target = buffers[(at - start) // rows % 2]
+        return {column: file.read(f"{name}.{column}", at, end, target[column][: end - at]) for column in columns}
 
     with ThreadPoolExecutor(1) as thread:
         pending = [thread.submit(read, start)] if start < stop else []
         for at in range(start, stop, rows):
+            values = pending.pop(0).result()
             if at + rows < stop:
                 pending.append(thread.submit(read, at + rows))
-            yield pending.pop(0).result()
+            yield values
 
 
 class OrderCheck:

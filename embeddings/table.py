@@ -37,6 +37,7 @@ class PhysicalTable:
         self._seed = seed
         self._backend_name = backend
         self._storage: TableStorage | None = None
+        self._is_shared = False  # the storage never changes and may serve copies of this table too
         self._shared: SharedRows | None = None
         self._closed = False
 
@@ -49,7 +50,9 @@ class PhysicalTable:
     def copy(self) -> "PhysicalTable":
         """Return a table with a copy of the rows and their state."""
         table = self.empty_like()
-        if len(self):
+        if self._is_shared and self._storage is not None:
+            table.use_storage(self._storage)
+        elif len(self):
             tables, ids, handles = self.storage.keys()
             values = self.read(handles)
             table.write(tables, ids, values.pop("rows"), values)
@@ -109,6 +112,11 @@ class PhysicalTable:
             self._storage.set_slots([*self.slots, *self.use_slots])
         return self._storage
 
+    def use_storage(self, storage: TableStorage) -> None:
+        """Take the rows of a storage that never changes, into a table that has none; copies share it."""
+        assert self._storage is None and storage.dim == self.dim
+        self._storage, self._is_shared = storage, True
+
     @property
     def shared(self) -> SharedRows | None:
         """The rows of logical tables whose unknown ids share one, made at first use; None when no table has it."""
@@ -136,9 +144,9 @@ class PhysicalTable:
 
     def set_slots(self, slots: Sequence[Slot]) -> None:
         """Set the layout of the optimizer state (see TableStorage.set_slots)."""
-        self.slots = tuple(slots)
         if self._storage is not None:
-            self._storage.set_slots([*self.slots, *self.use_slots])
+            self._storage.set_slots([*slots, *self.use_slots])
+        self.slots = tuple(slots)
         if self._shared is not None:
             self._shared.set_slots(self.slots)
 
@@ -153,7 +161,7 @@ class PhysicalTable:
 
     def close(self) -> None:
         """Free the rows; use after it raises RuntimeError."""
-        if self._storage is not None:
+        if self._storage is not None and not self._is_shared:
             self._storage.close()
         self._storage, self._shared, self._closed = None, None, True
         for side in self.side.values():
@@ -257,8 +265,7 @@ class PhysicalTable:
         slots |= {slot.name: as_slot(state.get(slot.name, zeros)) for slot in self.use_slots}
         step = state.get(STEP_SLOT, zeros)
         self._rows_by_table = None
-        handles, _ = self.storage.find_or_insert(tables, ids)
-        self.storage.scatter(handles, rows.float(), slots | {STEP_SLOT: step.reshape(count, 1)})
+        self.storage.write(tables, ids, rows.float(), slots | {STEP_SLOT: step.reshape(count, 1)})
 
     def check_import(self, table: str, values: Mapping[str, Tensor]) -> Tensor:
         """Return the ids of rows to be written; ValueError for a name, dtype, shape or repeated id that is wrong."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,6 +96,33 @@ class StoredTensor:
     begin: int  # byte of the file
 
 
+class MappedTensor:
+    """A tensor of a file whose pages are read when they are first touched. `values` must not be written to.
+
+    Args:
+        descriptor: of the open file, which may be closed afterwards.
+        stored: the tensor.
+    """
+
+    def __init__(self, descriptor: int, stored: StoredTensor) -> None:
+        self._begin, self._bytes = stored.begin, stored.dtype.itemsize * math.prod(stored.shape)
+        self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)  # private: torch wants a buffer it could write
+        if hasattr(mmap, "MADV_RANDOM"):
+            self._map.madvise(mmap.MADV_RANDOM)
+        if self._bytes == 0:
+            self.values = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+        else:
+            count = math.prod(stored.shape)
+            flat = torch.frombuffer(self._map, dtype=stored.dtype, count=count, offset=stored.begin)
+            self.values = flat.view(stored.shape)
+
+    def read_ahead(self) -> None:
+        """Tell the system that all of it will be read soon."""
+        if hasattr(mmap, "MADV_WILLNEED") and self._bytes:
+            first = self._begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, first, self._begin + self._bytes - first)
+
+
 class TensorFile:
     """A safetensors file that is open for reading; its header is checked against the file.
 
@@ -126,27 +154,25 @@ class TensorFile:
             raise ValueError(f"{self.path} has no tensor {name!r}")
         return self.tensors[name]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows [start, stop) of a tensor (of its first axis), read from the disk."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return rows [start, stop) of a tensor (of its first axis), read from the disk, in `out` when it is given."""
         stored = self[name]
         rows = stored.shape[0] if stored.shape else 1
         stop = rows if stop is None else stop
         assert 0 <= start <= stop <= rows
         shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
-        values = torch.empty(shape, dtype=stored.dtype, device="cpu")
+        values = torch.empty(shape, dtype=stored.dtype, device="cpu") if out is None else out
+        assert values.shape == shape and values.dtype == stored.dtype
         row_bytes = stored.dtype.itemsize * math.prod(stored.shape[1:])
         self._read_into(as_bytes(values), stored.begin + start * row_bytes)
         return values
 
-    def map(self, name: str) -> Tensor:
-        """Return a tensor whose pages are read when they are first touched; it keeps the file alive by itself."""
+    def map(self, name: str) -> MappedTensor:
+        """Map a tensor; the mapping outlives this object."""
         stored = self[name]
         if stored.begin % stored.dtype.itemsize:
             raise ValueError(f"{name!r} in {self.path} is not aligned and cannot be mapped: save the file again")
-        storage: Any = torch.UntypedStorage.from_file(str(self.path), False, os.fstat(self._descriptor).st_size)
-        values = torch.empty(0, dtype=stored.dtype, device="cpu")
-        strides = [math.prod(stored.shape[axis + 1 :]) for axis in range(len(stored.shape))]
-        return values.set_(storage, stored.begin // stored.dtype.itemsize, stored.shape, strides)
+        return MappedTensor(self._descriptor, stored)
 
     def _read_into(self, target: Tensor, at: int) -> None:
         view = memoryview(target.numpy().data)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from grzoo.embeddings import DynamicEmbeddingCollection
 from grzoo.embeddings.files import obey_umask
-from grzoo.embeddings.io import INDEX_NAME, load_tables, read_index, save_tables, shard_files
+from grzoo.embeddings.io import INDEX_NAME, load_tables, map_tables, read_index, save_tables, shard_files
 from huggingface_hub import HfApi
 from numpy.typing import NDArray
 from torch import Tensor
@@ -137,6 +137,7 @@ class GenRecPreTrainedModel(PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
         process_group: dist.ProcessGroup | SharedGroup | None = None,
+        trainable: bool = False,
         **kwargs: Any,
     ) -> Self:
         """Load config, dense weights and tables from a folder or the hub, all of one revision.
@@ -144,6 +145,8 @@ class GenRecPreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: folder or hub id.
             process_group: shard the tables over its ranks: each rank calls this and reads the rows that it owns.
+                Without one, this process maps the tables into memory, read-only: any size opens at once.
+            trainable: read the tables into memory, where they can be trained and grow.
             kwargs: as in `transformers.PreTrainedModel.from_pretrained`; what is left over goes to the model's
                 constructor (`embedding_backend`).
 
@@ -160,7 +163,11 @@ class GenRecPreTrainedModel(PreTrainedModel):
             process_group = process_group.group
         if process_group is not None:
             model.embeddings.set_process_group(process_group)
-        load_tables(model.embeddings, _table_folder(pretrained_model_name_or_path, hub), state=False)
+        folder = _table_folder(pretrained_model_name_or_path, hub)
+        if trainable or process_group is not None:
+            load_tables(model.embeddings, folder, state=False)
+        else:
+            map_tables(model.embeddings, folder)
         return loaded
 
 

@@ -128,6 +128,11 @@ class TableStorage(Protocol):
         order = order[torch.argsort(bucket(ids[order]), stable=True)]
         return ids[order], handles[order]
 
+    def write(self, tables: Tensor, ids: Tensor, rows: Tensor, slots: Mapping[str, Tensor]) -> None:
+        """Insert or overwrite rows (distinct pairs): float32 [n, dim], and all slots with "step", as in `scatter`."""
+        handles, _ = self.find_or_insert(tables, ids)
+        self.scatter(handles, rows, slots)
+
     def reserve(self, rows: int) -> None:
         """Make room for `rows` more rows. MemoryError, with nothing changed, where there is none. May do nothing."""
         return

@@ -220,6 +220,30 @@ def test_scatter_overwrites_rows() -> None:
     assert host.gather(handles, out=out) is out and torch.equal(out, rows)
 
 
+def test_sorted_keys_and_whole_rows_are_those_of_the_naive_table(threads: int) -> None:
+    tables, ids = pairs(30_000)
+    ids[:4] = torch.tensor([0, -1, HIGH, LOW])
+    slots = [Slot("wide", 5, 0.5), Slot("narrow", 1)]
+    storages = HostStorage(5, INITS), NaiveStorage(5, INITS)
+    generator = torch.Generator().manual_seed(1)
+    rows, wide, narrow = (torch.randn(30_000, width, generator=generator) for width in (5, 5, 1))
+    state = {"wide": wide, "narrow": narrow, "step": torch.arange(30_000, dtype=torch.int32)[:, None]}
+    for storage in storages:
+        storage.set_slots(slots)
+        storage.find_or_insert(tables[:100], ids[:100])  # rows that are overwritten
+        storage.reserve(30_000)
+        storage.write(tables, ids, rows, state)
+    for table in range(3):
+        (ours, handles), (theirs, naive_handles) = (storage.sorted_keys(table) for storage in storages)
+        assert torch.equal(ours, theirs) and len(ours) > 9000
+        assert torch.equal(storages[0].gather(handles), storages[1].gather(naive_handles))
+        for name in state:
+            assert torch.equal(storages[0].gather_slot(name, handles), storages[1].gather_slot(name, naive_handles))
+    assert [len(part) for part in HostStorage(5, INITS).sorted_keys(1)] == [0, 0]
+    with pytest.raises(ValueError, match="narrow"):
+        storages[0].write(tables, ids, rows, state | {"narrow": wide})
+
+
 def test_empty_calls() -> None:
     host = HostStorage(5, INITS)
     none, no_tables = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)

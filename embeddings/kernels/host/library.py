@@ -50,6 +50,9 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "storage_erase": (c_int, [c_void_p, c_void_p, c_void_p, c_int64, _COUNT]),
     "storage_update": (c_int, [c_void_p, c_int, _COUNT, c_void_p, c_int64, c_void_p, c_void_p, _HYPER, c_int]),
     "storage_keys": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p]),
+    "storage_sorted_keys": (c_int, [c_void_p, c_int32, c_void_p, c_void_p, _COUNT]),
+    "storage_reserve": (c_int, [c_void_p, c_int64]),
+    "storage_write": (c_int, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
     "storage_size": (c_int64, [c_void_p]),
     "storage_bytes": (c_int64, [c_void_p]),
 }

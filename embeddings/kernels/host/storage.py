@@ -139,6 +139,25 @@ class HostStorage(TableStorage):
         call("storage_keys", self._open, tables.data_ptr(), ids.data_ptr(), handles.data_ptr())
         return tables, ids, handles
 
+    def sorted_keys(self, table: int) -> tuple[Tensor, Tensor]:
+        # Room for all logical tables: pages that are not written to take no memory.
+        (ids, handles), count = torch.empty(2, len(self), dtype=torch.int64, device="cpu").unbind(), c_int64()
+        call("storage_sorted_keys", self._open, table, ids.data_ptr(), handles.data_ptr(), byref(count))
+        return ids[: count.value], handles[: count.value]
+
+    def reserve(self, rows: int) -> None:
+        call("storage_reserve", self._open, rows)
+
+    def write(self, tables: Tensor, ids: Tensor, rows: Tensor, slots: Mapping[str, Tensor]) -> None:
+        n, storage = len(ids), self._open
+        source, steps = (
+            pointer(rows, torch.float32, n, self._dim, name="rows"),
+            pointer(slots[STEP_SLOT], torch.int32, n, 1, name=STEP_SLOT),
+        )
+        state = [pointer(slots[s.name], torch.float32, n, s.width, name=s.name) for s in self._layout]
+        pointers = (c_void_p * len(state))(*state)
+        call("storage_write", storage, *self._pairs(tables, ids), n, source, pointers, steps, num_threads())
+
     def __len__(self) -> int:
         return int(library().grzoo_storage_size(self._open))
 

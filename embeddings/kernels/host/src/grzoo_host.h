@@ -64,6 +64,12 @@ int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int6
 int grzoo_storage_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t n,
                          const float* grads, const int64_t* keys, const GrzooHyper* hyper, int threads);
 int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int64_t* handles);
+// ids and handles of one logical table by (bucket, id); room for grzoo_storage_size
+int grzoo_storage_sorted_keys(GrzooStorage* storage, int32_t table, int64_t* ids, int64_t* handles, int64_t* count);
+int grzoo_storage_reserve(GrzooStorage* storage, int64_t more);
+// inserts or overwrites rows with all of their state: slots[k] are the values of slot k
+int grzoo_storage_write(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, const float* rows,
+                        const float* const* slots, const int32_t* steps, int threads);
 int64_t grzoo_storage_size(GrzooStorage* storage);
 int64_t grzoo_storage_bytes(GrzooStorage* storage);
 

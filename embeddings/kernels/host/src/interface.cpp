@@ -184,6 +184,19 @@ int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int
     return locked(storage, [&] { storage->keys(tables, ids, handles); });
 }
 
+int grzoo_storage_sorted_keys(GrzooStorage* storage, int32_t table, int64_t* ids, int64_t* handles, int64_t* count) {
+    return locked(storage, [&] { *count = storage->sorted_keys(table, ids, handles); });
+}
+
+int grzoo_storage_reserve(GrzooStorage* storage, int64_t more) {
+    return locked(storage, [&] { storage->reserve(more); });
+}
+
+int grzoo_storage_write(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, const float* rows,
+                        const float* const* slots, const int32_t* steps, int threads) {
+    return locked(storage, [&] { storage->write(tables, ids, n, rows, slots, steps, threads); });
+}
+
 int64_t grzoo_storage_size(GrzooStorage* storage) {
     std::lock_guard<std::mutex> lock(storage->mutex);
     return storage->size();

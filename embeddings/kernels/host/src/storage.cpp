@@ -1,6 +1,10 @@
 #include "storage.h"
 
 #include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <utility>
 
 #include "functions.h"
 #include "pool.h"
@@ -69,18 +73,23 @@ void Storage::find(const int32_t* tables, const int64_t* ids, int64_t n, int64_t
 }
 
 int64_t Storage::find_or_insert(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) {
+    return find_or_insert(tables, ids, n, handles, threads, true);
+}
+
+int64_t Storage::find_or_insert(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads,
+                                bool initialize) {
     find(tables, ids, n, handles, threads);
     std::vector<int64_t> missing;
     for (int64_t i = 0; i < n; ++i)
         if (handles[i] < 0) missing.push_back(i);
     if (missing.empty()) return 0;
     const int64_t before = size_;
-    insert_missing(tables, ids, missing, handles, threads);
+    insert_missing(tables, ids, missing, handles, threads, initialize);
     return size_ - before;
 }
 
 void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vector<int64_t>& missing, int64_t* handles,
-                             int threads) {
+                             int threads, bool initialize) {
     const int64_t n = static_cast<int64_t>(missing.size());
     std::vector<uint64_t> hashes(missing.size());
     std::vector<int64_t> per_segment(Index::kSegments, 0);
@@ -105,6 +114,7 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vec
     }
     for (uint32_t row : repeated) rows_.give_back(row);
     size_ += n - static_cast<int64_t>(repeated.size());
+    if (!initialize) return;
     const RowsView view = rows_.view();
     parallel(parts, [&](int part) {
         for (int64_t k = part_begin(n, parts, part); k < part_begin(n, parts, part + 1); ++k) {
@@ -114,6 +124,32 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vec
             kernels().initial(laws_[static_cast<size_t>(tables[i])], ids[i], column_words_.data(), view.dim, row);
             if (view.bfloat16) kernels().store(view, handles[i], row);
             rows_.fill_state(handles[i]);
+        }
+    });
+}
+
+void Storage::reserve(int64_t more) {
+    rows_.reserve(more);
+    // keys fall into the segments at random: the mean and four standard deviations
+    const double mean = static_cast<double>(more) / Index::kSegments;
+    if (more > 0)
+        for (int segment = 0; segment < Index::kSegments; ++segment) index_.reserve(segment, static_cast<int64_t>(mean + 4 * sqrt(mean)));
+}
+
+void Storage::write(const int32_t* tables, const int64_t* ids, int64_t n, const float* values, const float* const* slots,
+                    const int32_t* steps, int threads) {
+    std::vector<int64_t> handles(static_cast<size_t>(n));
+    find_or_insert(tables, ids, n, handles.data(), threads, false);
+    const RowsView view = rows_.view();
+    parallel_ranges(n, threads, kIdsPerThread / 8, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = handles[static_cast<size_t>(i)];
+            kernels().store(view, row, values + i * view.dim);
+            view.meta(row)[0] = steps[i];
+            for (size_t k = 0; k < rows_.slots().size(); ++k) {
+                const SlotPlace& slot = rows_.slots()[k];
+                memcpy(slot.of(view, row), slots[k] + i * slot.width, sizeof(float) * static_cast<size_t>(slot.width));
+            }
         }
     });
 }
@@ -204,6 +240,32 @@ void Storage::keys(int32_t* tables, int64_t* ids, int64_t* handles) const {
         ids[n] = slot.id;
         handles[n++] = slot.row;
     });
+}
+
+int64_t Storage::sorted_keys(int32_t table, int64_t* ids, int64_t* handles) const {
+    std::vector<int64_t> ends(kBuckets + 1, 0);
+    index_.for_each([&](const Index::Slot& slot) {
+        if (slot.table == table) ++ends[bucket_of(slot.id) + 1];
+    });
+    for (size_t b = 0; b < kBuckets; ++b) ends[b + 1] += ends[b];    // ends[b]: where bucket b begins, so far
+    index_.for_each([&](const Index::Slot& slot) {
+        if (slot.table != table) return;
+        const int64_t at = ends[bucket_of(slot.id)]++;
+        ids[at] = slot.id;
+        handles[at] = slot.row;
+    });
+    std::vector<std::pair<int64_t, int64_t>> keys;    // of one bucket
+    int64_t begin = 0;
+    for (size_t b = 0; b < kBuckets; begin = ends[b++]) {
+        keys.clear();
+        for (int64_t i = begin; i < ends[b]; ++i) keys.emplace_back(ids[i], handles[i]);
+        std::sort(keys.begin(), keys.end());
+        for (size_t k = 0; k < keys.size(); ++k) {
+            ids[begin + static_cast<int64_t>(k)] = keys[k].first;
+            handles[begin + static_cast<int64_t>(k)] = keys[k].second;
+        }
+    }
+    return begin;
 }
 
 }  // namespace grzoo

@@ -19,11 +19,17 @@ public:
     void set_slots(const std::vector<Rows::NewSlot>& slots) { rows_.set_slots(slots); }
     void find(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) const;
     int64_t find_or_insert(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads);
+    void reserve(int64_t more);
+    // Inserts or overwrites rows with all of their state; slots[k] is that of slot k.
+    void write(const int32_t* tables, const int64_t* ids, int64_t n, const float* values, const float* const* slots,
+               const int32_t* steps, int threads);
     int64_t erase(const int32_t* tables, const int64_t* ids, int64_t n);
     void gather(const int64_t* handles, int64_t n, float* out, int threads) const;
     void update(int rule, const int64_t* slots, const int64_t* handles, int64_t n, const float* grads,
                 const int64_t* keys, const GrzooHyper& hyper, int threads);
     void keys(int32_t* tables, int64_t* ids, int64_t* handles) const;
+    // Ids and rows of one logical table by (bucket, id); returns how many. The outputs have room for size().
+    int64_t sorted_keys(int32_t table, int64_t* ids, int64_t* handles) const;
 
     const Rows& rows() const { return rows_; }
     const SlotPlace& slot(int64_t number) const;
@@ -36,7 +42,8 @@ public:
 private:
     void check_tables(const int32_t* tables, int64_t n) const;
     void insert_missing(const int32_t* tables, const int64_t* ids, std::vector<int64_t>& missing, int64_t* handles,
-                        int threads);
+                        int threads, bool initialize);
+    int64_t find_or_insert(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads, bool initialize);
     UpdateRule make_rule(int rule, const int64_t* slots, const GrzooHyper& hyper);
     void refresh_corrections(const GrzooHyper& hyper);
 
