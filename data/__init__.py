@@ -10,7 +10,7 @@ from .loader import EvalLoader, StepLoader
 from .negatives import SharedNegatives, UniformNegatives
 from .sampler import GlobalBatchSampler, permute
 from .schema import DatasetSchema, FeatureSpec
-from .windows import EveryTarget, RecentFirst, Samples
+from .windows import EveryTarget, RecentFirst, Samples, SlidingWindows, StochasticLength
 
 if TYPE_CHECKING:
     from .processor import GenRecProcessor
@@ -33,7 +33,9 @@ __all__ = [
     "RecentFirst",
     "Samples",
     "SharedNegatives",
+    "SlidingWindows",
     "StepLoader",
+    "StochasticLength",
     "UniformNegatives",
     "bin_costs",
     "partition",

@@ -4,7 +4,6 @@ It is a pure function of the costs and the token counts of the global batch, whi
 the same partition, nothing is communicated, and no sample changes its step.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
@@ -19,7 +18,8 @@ Float64 = NDArray[np.float64]
 
 _REFINEMENTS = 200
 _CLOSE_ENOUGH = 1e-3
-_SPREAD = 2.0
+_NEIGHBOURS = 3
+_SMALLEST = 4
 
 
 def token_cost(tokens: NDArray[np.int64]) -> Float64:
@@ -112,19 +112,23 @@ def plan_micro_batches(
 
 
 def _plan(cost: Float64, count: Int64, world_size: int, number: int, max_tokens: int | None) -> MicroBatchPlan | None:
-    """The better of equal micro-batches and of micro-batches of falling cost; None when neither keeps the budget."""
-    bins = try_partition(cost, count, world_size * number, max_tokens)
-    plans = [] if bins is None else [_deal(cost, bins, world_size, number)]
-    if number > 1:
-        budget = max_tokens if max_tokens is not None else _implied_budget(count, world_size * number)
-        falling = _falling(cost, count, world_size, number, budget)
-        plans += [] if falling is None else [falling]
+    """Equal micro-batches or those of falling cost, whose ranks wait less; None when neither keeps the budget.
+
+    The second kind is not tried when the first is near the bound. Samples below an equal share make equal ones likely.
+    """
+    share = float(cost.sum()) / world_size
+    bound = max(float(cost.max(initial=0.0)), share)
+    kinds = [_equal] if number == 1 else [_falling, _equal]
+    if cost.max(initial=0.0) <= share / number:
+        kinds.reverse()
+    plans: list[MicroBatchPlan] = []
+    for kind in kinds:
+        plan = kind(cost, count, world_size, number, max_tokens)
+        if plan is not None:
+            plans.append(plan)
+            if step_cost(cost, plan, world_size) <= bound * (1 + _CLOSE_ENOUGH):
+                return plan
     return min(plans, key=lambda plan: step_cost(cost, plan, world_size), default=None)
-
-
-def _implied_budget(count: Int64, num_bins: int) -> int:
-    """Whoever fixes the number of micro-batches wants them small: twice their mean, or the longest sample."""
-    return max(int(count.max(initial=0)), math.ceil(_SPREAD * int(count.sum()) / num_bins))
 
 
 def step_cost(costs: ArrayLike, plan: MicroBatchPlan, world_size: int) -> float:
@@ -216,7 +220,8 @@ def _refine(cost: Float64, count: Int64, bins: Int64, num_bins: int, max_tokens:
         largest = int(loads.argmax())
         if loads[largest] <= target:
             break
-        for other in np.argsort(loads, kind="stable")[:4].tolist():
+        few = np.argpartition(loads, min(_SMALLEST, num_bins) - 1)[:_SMALLEST]
+        for other in few[np.lexsort((few, loads[few]))].tolist():
             if other != largest and _exchange(cost, count, bins, loads, used, largest, other, max_tokens):
                 break
         else:
@@ -227,22 +232,30 @@ def _refine(cost: Float64, count: Int64, bins: Int64, num_bins: int, max_tokens:
 def _exchange(
     cost: Float64, count: Int64, bins: Int64, loads: Float64, used: Int64, high: int, low: int, max_tokens: int | None
 ) -> bool:
-    """The best exchange of one sample of `high` for one (or none) of `low`, if it lowers their larger cost."""
+    """The best exchange of one sample of `high` for one (or none) of `low`, if it lowers their larger cost.
+
+    The larger cost falls, then rises with the cost that moves: of the samples of `low` only those next to the best one
+    are tried for each of `high`. That misses nothing but exchanges to which a budget would force.
+    """
     give, take = np.flatnonzero(bins == high), np.flatnonzero(bins == low)
+    if not len(give):
+        return False
     take_cost, take_count = np.append(cost[take], 0.0), np.append(count[take], 0)
-    moved = cost[give][:, None] - take_cost
-    tokens = count[give][:, None] - take_count
+    order = np.argsort(take_cost, kind="stable")
+    wanted = cost[give] - (loads[high] - loads[low]) / 2
+    near = np.searchsorted(take_cost[order], wanted)[:, None] + np.arange(-_NEIGHBOURS, _NEIGHBOURS)
+    partner = order[np.clip(near, 0, len(order) - 1)]
+    moved = cost[give][:, None] - take_cost[partner]
+    tokens = count[give][:, None] - take_count[partner]
     after = np.maximum(loads[high] - moved, loads[low] + moved)
     if max_tokens is not None:
         after[(used[low] + tokens > max_tokens) | (used[high] - tokens > max_tokens)] = np.inf
-    if not after.size:
-        return False
     i, j = divmod(int(after.argmin()), after.shape[1])
     if after[i, j] >= loads[high] * (1 - 1e-9):
         return False
     bins[give[i]] = low
-    if j < len(take):
-        bins[take[j]] = high
+    if partner[i, j] < len(take):
+        bins[take[partner[i, j]]] = high
     loads[high] -= moved[i, j]
     loads[low] += moved[i, j]
     used[high] -= tokens[i, j]
@@ -250,17 +263,22 @@ def _exchange(
     return True
 
 
-def _deal(cost: Float64, bins: Int64, world_size: int, num_micro_batches: int) -> MicroBatchPlan:
-    """Bins sorted by cost and dealt to the ranks in groups of `world_size`, every second group backwards."""
-    order = np.argsort(-bin_costs(cost, bins, world_size * num_micro_batches), kind="stable")
+def _equal(cost: Float64, count: Int64, world_size: int, number: int, max_tokens: int | None) -> MicroBatchPlan | None:
+    """One partition into all bins, sorted by cost and dealt to the ranks, every second micro-batch backwards."""
+    bins = try_partition(cost, count, world_size * number, max_tokens)
+    if bins is None:
+        return None
+    order = np.argsort(-bin_costs(cost, bins, world_size * number), kind="stable")
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     micro_batch, rank = np.divmod(place, world_size)
     rank = np.where(micro_batch % 2 == 1, world_size - 1 - rank, rank)
-    return MicroBatchPlan(micro_batch[bins], rank[bins], num_micro_batches)
+    return MicroBatchPlan(micro_batch[bins], rank[bins], number)
 
 
-def _falling(cost: Float64, count: Int64, world_size: int, number: int, max_tokens: int) -> MicroBatchPlan | None:
+def _falling(
+    cost: Float64, count: Int64, world_size: int, number: int, max_tokens: int | None
+) -> MicroBatchPlan | None:
     """Micro-batches of falling cost: the first is as costly as the longest sample, so that no rank waits for it.
 
     Each takes, longest first, what fits below its level: the larger of the longest sample left and an equal share of
@@ -283,17 +301,19 @@ def _falling(cost: Float64, count: Int64, world_size: int, number: int, max_toke
     return MicroBatchPlan(micro_batch, rank, number)
 
 
-def _fill(costs: list[float], tokens: list[int], num_bins: int, level: float, max_tokens: int) -> Int64:
+def _fill(costs: list[float], tokens: list[int], num_bins: int, level: float, max_tokens: int | None) -> Int64:
     """Each sample in order to the cheapest bin, if that stays below `level` and the budget; -1 for the others."""
     heap = [(0.0, index) for index in range(num_bins)]
-    room = [max_tokens] * num_bins
+    room = [sum(tokens) if max_tokens is None else max_tokens] * num_bins
     limit = level * (1 + 1e-12)
-    chosen = []
-    for cost, count in zip(costs, tokens, strict=True):
+    least = costs[-1]
+    chosen = np.full(len(costs), -1, dtype=np.int64)
+    for sample, (cost, count) in enumerate(zip(costs, tokens, strict=True)):
         load, index = heap[0]
-        fits = load + cost <= limit and count <= room[index]
-        if fits:
+        if load + least > limit:
+            break  # not even the cheapest sample fits any more
+        if load + cost <= limit and count <= room[index]:
             heapreplace(heap, (load + cost, index))
             room[index] -= count
-        chosen.append(index if fits else -1)
-    return np.array(chosen, dtype=np.int64)
+            chosen[sample] = index
+    return chosen

@@ -107,9 +107,9 @@ class GenRecCollator:
         samples = self.samples(rows)
         return self.micro_batch(samples, step, self.draw_shared(samples, step))
 
-    def samples(self, indices: ArrayLike) -> Samples:
-        """The samples `indices` that train at least one position."""
-        samples = self.windows.select(indices)
+    def samples(self, indices: ArrayLike, epoch: int = 0) -> Samples:
+        """The samples `indices` of an epoch that train at least one position."""
+        samples = self.windows.select(indices, epoch)
         kept = samples.num_labels > 0
         return samples if kept.all() else samples[kept]
 

@@ -112,5 +112,7 @@ def below(bits: ArrayLike, limit: int) -> NDArray[np.int64]:
 
 
 SITE_ORDER = string_key("grzoo/epoch-order")
+SITE_BLOCK = string_key("grzoo/epoch-order-of-blocks")
+SITE_LENGTH = string_key("grzoo/stochastic-length")
 SITE_NEGATIVE = string_key("grzoo/negative")
 SITE_SHARED_NEGATIVE = string_key("grzoo/shared-negative")

@@ -67,7 +67,7 @@ class _Steps(Dataset[_CompactStep]):
     def _compact(self, epoch: int, cursor: int) -> tuple[GlobalStep, list[CompactBatch]]:
         step = self.sampler.step_at(epoch, cursor)
         indices = self.sampler.batch_at(epoch, cursor)
-        samples = self.collator.samples(indices)
+        samples = self.collator.samples(indices, epoch)
         tokens = samples.num_inputs
         plan = plan_micro_batches(self.cost(tokens), tokens, self.world_size, self.max_tokens, self.micro_batches)
         shared = self.collator.draw_shared(samples, step)

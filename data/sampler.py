@@ -1,5 +1,6 @@
 """The order of an epoch: global batches from a position (seed, epoch, cursor), by a permutation computed on the fly."""
 
+import warnings
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -7,7 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .jagged import Int64
-from .keyed import SITE_ORDER, UInt64, as_words, fold, keyed, mix64
+from .keyed import SITE_BLOCK, SITE_ORDER, UInt64, as_words, fold, keyed, mix64
+
+GROUP = 64
 
 _ROUNDS = 4
 _LOOK_AHEAD = 1 << 13
@@ -43,12 +46,38 @@ def _feistel(values: UInt64, bits: int, keys: UInt64) -> UInt64:
     return (high << low_bits) | low
 
 
+def permute_blocks(positions: ArrayLike, size: int, block_size: int, key: int | UInt64) -> Int64:
+    """As `permute`, but positions that are near each other go to rows of few blocks; int64 [n].
+
+    Blocks begin at a keyed row and are permuted; rows are permuted within GROUP blocks. The rows beyond the last whole
+    block close the epoch: other ones for every key.
+    """
+    index = np.array(positions, dtype=np.int64)
+    blocks, width = size // block_size, GROUP * block_size
+    whole = blocks * block_size
+    out = np.empty_like(index)
+    for group in np.unique(index // width).tolist():
+        for first, last in ((group * width, min(group * width + width, whole)), (whole, size)):
+            here = np.flatnonzero((index >= max(first, group * width)) & (index < min(last, group * width + width)))
+            if not len(here):
+                continue
+            local = permute(index[here] - first, last - first, fold(key, first))
+            if first < whole:
+                block = permute(first // block_size + local // block_size, blocks, fold(key, SITE_ORDER))
+                local = block * block_size + local % block_size - first
+            out[here] = first + local
+    offset = int(mix64(fold(key, size))) % size
+    return (out + offset) % size
+
+
 class GlobalBatchSampler:
     """Global batches of rows; a position is (seed, epoch, cursor = rows of the epoch already served).
 
     rows: the number of rows, or anything with a length.  global_batch_size: rows (users) of a batch over all ranks.
     shuffle: a new keyed permutation every epoch; False keeps the order of the rows.
     drop_last: leave out the last, smaller batch of an epoch.
+    block_size: shuffle blocks of so many neighbouring rows, and rows only among GROUP blocks that follow each other in
+    that order: for logs larger than the page cache, of which a part is then read at a time. None shuffles all rows.
 
     Batches depend on the position alone: any number of ranks and workers sees the same ones, and any of them can start
     anywhere. Iterating serves the rest of the current epoch and moves the position.
@@ -58,7 +87,14 @@ class GlobalBatchSampler:
     """
 
     def __init__(
-        self, rows: int | Sized, global_batch_size: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = False
+        self,
+        rows: int | Sized,
+        global_batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        block_size: int | None = None,
     ) -> None:
         self.num_rows = rows if isinstance(rows, int) else len(rows)
         if self.num_rows < 1:
@@ -69,6 +105,11 @@ class GlobalBatchSampler:
             raise ValueError(
                 f"drop_last leaves no batch: {self.num_rows} rows are fewer than global_batch_size={global_batch_size}"
             )
+        if block_size is not None and block_size < 1:
+            raise ValueError(f"block_size must be at least 1 row, got {block_size}; None shuffles all rows")
+        if block_size is not None and not shuffle:
+            warnings.warn("block_size has no effect without shuffle", stacklevel=2)
+        self.block_size = block_size
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -104,7 +145,12 @@ class GlobalBatchSampler:
         stop = min(cursor + max(_LOOK_AHEAD, self.global_batch_size), self.rows_per_epoch)
         positions = np.arange(cursor, max(cursor, stop), dtype=np.int64)
         self._ahead_of = epoch
-        self._ahead = cursor, permute(positions, self.num_rows, keyed(self.seed, SITE_ORDER, epoch))
+        self._ahead = cursor, self._order(positions, epoch)
+
+    def _order(self, positions: Int64, epoch: int) -> Int64:
+        if self.block_size is None:
+            return permute(positions, self.num_rows, keyed(self.seed, SITE_ORDER, epoch))
+        return permute_blocks(positions, self.num_rows, self.block_size, keyed(self.seed, SITE_BLOCK, epoch))
 
     def next_position(self, epoch: int, cursor: int) -> tuple[int, int]:
         """The position after the batch at (epoch, cursor); (epoch + 1, 0) after the last of an epoch."""
@@ -126,14 +172,16 @@ class GlobalBatchSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """The position as JSON values; independent of the world size."""
-        return {"seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "num_rows": self.num_rows}
+        order = {"seed": self.seed, "num_rows": self.num_rows, "block_size": self.block_size}
+        return {**order, "epoch": self.epoch, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved position; ValueError when it belongs to another seed or another number of rows."""
-        for name, own in (("seed", self.seed), ("num_rows", self.num_rows)):
-            if state[name] != own:
+        """Continue at a saved position; ValueError when it belongs to another order of rows."""
+        for name in ("seed", "num_rows", "block_size"):
+            own = getattr(self, name)
+            if state.get(name) != own:
                 raise ValueError(
-                    f"the saved position has {name}={state[name]}, this sampler has {own}: the order would "
+                    f"the saved position has {name}={state.get(name)}, this sampler has {own}: the order would "
                     f"differ; use the saved {name}"
                 )
         self.epoch, self.cursor = int(state["epoch"]), int(state["cursor"])

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .dataset import EventDataset
-from .jagged import Int64, ranges, within
+from .jagged import Int64, ranges
+from .keyed import SITE_LENGTH, fold, keyed, uniform
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Windows(Protocol):
     def __len__(self) -> int:
         """Samples of the split."""
 
-    def select(self, indices: ArrayLike) -> Samples:
-        """The samples `indices` (int [n])."""
+    def select(self, indices: ArrayLike, epoch: int = 0) -> Samples:
+        """The samples `indices` (int [n]) of an epoch."""
 
 
 WindowPolicy = Callable[[EventDataset, int], Windows]
@@ -71,7 +72,7 @@ def _check(max_length: int) -> int:
 class RecentFirst:
     """One sample per row: its last `max_length + 1` events, that is `max_length` inputs and the label of the last one.
 
-    Older events are not read, and targets among them are not trained.
+    Older events are not read, and targets among them are not trained: an event is trained once per epoch, or never.
     """
 
     def __init__(self, dataset: EventDataset, max_length: int) -> None:
@@ -80,40 +81,81 @@ class RecentFirst:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def select(self, indices: ArrayLike) -> Samples:
+    def select(self, indices: ArrayLike, epoch: int = 0) -> Samples:
         rows = np.asarray(indices, dtype=np.int64)
         end = self.dataset.lengths[rows].astype(np.int64)
         begin = np.maximum(end - self.max_length - 1, 0)
         return Samples(rows, begin, end, self.dataset.target_from[rows].astype(np.int64))
 
 
-class EveryTarget:
-    """Samples that hold every target of a row once: one where the row fits in it, else several windows.
+class StochasticLength(RecentFirst):
+    """One sample per row, of a random length: HSTU's stochastic length (Zhai et al. 2024, section 3.2).
 
-    Windows of one row advance by half of `max_length`, so that every target sees that many events before it, or all
-    there are. Rows without a target that has context give no sample.
+    A history of n inputs beyond `max_length ** (alpha / 2)` is cut to that many, but with probability
+    `max_length ** alpha / n ** 2` it stays (n: after the cut to `max_length`). What is kept is the most recent part,
+    not a drawn subsequence, so that every label still follows its own predecessor; labels before it are not trained in
+    this epoch. The draw is keyed by (seed, epoch, row).
     """
 
-    def __init__(self, dataset: EventDataset, max_length: int) -> None:
+    def __init__(self, dataset: EventDataset, max_length: int, alpha: float = 1.6, seed: int = 0) -> None:
+        super().__init__(dataset, max_length)
+        if not 1 < alpha <= 2:
+            raise ValueError(f"alpha of stochastic length lies above 1 and up to 2 (2 cuts nothing), got {alpha}")
+        self.alpha, self.seed = alpha, seed
+        self.short = max(1, round(max_length ** (alpha / 2)))
+
+    def select(self, indices: ArrayLike, epoch: int = 0) -> Samples:
+        samples = super().select(indices, epoch)
+        inputs = np.maximum(samples.num_inputs, 1)
+        drawn = uniform(fold(keyed(self.seed, SITE_LENGTH, epoch), samples.rows))
+        cut = (inputs > self.short) & (drawn >= self.max_length**self.alpha / inputs.astype(np.float64) ** 2)
+        begin = np.where(cut, samples.end - self.short - 1, samples.begin)
+        return Samples(samples.rows, begin, samples.end, samples.target_from)
+
+
+class SlidingWindows:
+    """Samples that hold every target of a row exactly once: one where the row fits in it, else several windows.
+
+    overlap: the share of `max_length` that a window has in common with the one before it, in [0, 1). These events are
+    context: what a window trains begins where the window before it ends, so that an event is trained once per epoch
+    and has at least that many events before it, or all there are. Rows without a target that has context give no
+    sample. Holds 8 bytes per row.
+    """
+
+    def __init__(self, dataset: EventDataset, max_length: int, overlap: float = 0.5) -> None:
         self.dataset, self.max_length = dataset, _check(max_length)
-        end = dataset.lengths.astype(np.int64)
-        first = np.maximum(dataset.target_from.astype(np.int64), 1)
-        self._stride = max(1, max_length // 2)
+        if not 0 <= overlap < 1:
+            raise ValueError(f"the overlap of sliding windows is a share from 0 to below 1, got {overlap}")
+        self.stride = max(1, max_length - int(overlap * max_length + 0.5))
+        end, first = self._targets(slice(None))
         targets = end - first
-        counts = np.where(targets <= 0, 0, -(-np.maximum(targets, 1) // self._stride))
-        whole = (counts > 1) & (end <= max_length + 1)
-        counts[whole] = 1
-        rows = np.repeat(np.arange(len(end), dtype=np.int64), counts)
-        back = np.repeat(counts, counts) - 1 - within(counts)
-        sample_end = end[rows] - back * self._stride
-        sample_target = np.where(back == counts[rows] - 1, first[rows], sample_end - self._stride)
-        self._samples = Samples(rows, np.maximum(sample_end - max_length - 1, 0), sample_end, sample_target)
+        counts = np.where(targets <= 0, 0, -(-np.maximum(targets, 1) // self.stride))
+        counts[(counts > 1) & (end <= max_length + 1)] = 1
+        self._ends = np.cumsum(counts)
+
+    def _targets(self, rows: Int64 | slice) -> tuple[Int64, Int64]:
+        """End of each row, and its first target that has context."""
+        end = self.dataset.lengths[rows].astype(np.int64)
+        return end, np.maximum(self.dataset.target_from[rows].astype(np.int64), 1)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
-    def select(self, indices: ArrayLike) -> Samples:
-        return self._samples[np.asarray(indices, dtype=np.int64)]
+    def select(self, indices: ArrayLike, epoch: int = 0) -> Samples:
+        number = np.asarray(indices, dtype=np.int64)
+        rows = np.searchsorted(self._ends, number, side="right")
+        end, first = self._targets(rows)
+        before = np.where(rows > 0, self._ends[rows - 1], 0)
+        sample_end = end - (self._ends[rows] - 1 - number) * self.stride
+        target_from = np.where(number == before, first, sample_end - self.stride)
+        return Samples(rows, np.maximum(sample_end - self.max_length - 1, 0), sample_end, target_from)
+
+
+class EveryTarget(SlidingWindows):
+    """Sliding windows with half a window of overlap: how evaluation splits are cut."""
+
+    def __init__(self, dataset: EventDataset, max_length: int) -> None:
+        super().__init__(dataset, max_length, overlap=0.5)
 
 
 def trained_positions(samples: Samples) -> tuple[Int64, Int64]:

@@ -30,6 +30,16 @@ class DataArguments:
     source: str | None = option(None, "Raw files of the log; default: $GRZOO_DATA/<dataset>, else the download.")
     dataset_dir: str | None = option(None, "A dataset folder that is already prepared, or where to prepare it.")
     max_length: int = option(200, "Events of a history that the model sees; older ones are cut off.")
+    windows: Literal["recent", "sliding", "stochastic"] = option(
+        "recent",
+        "Of a history longer than max_length, an epoch trains: its end (recent), all of it in windows that overlap "
+        "(sliding), or an end of random length (stochastic, as HSTU's paper).",
+    )
+    window_overlap: float = option(0.5, "sliding: share of a window that is context from the one before.")
+    stochastic_alpha: float = option(1.6, "stochastic: of N inputs about N^(alpha/2) are kept; 2 keeps all.")
+    shuffle_block_size: int | None = option(
+        None, "Shuffle blocks of so many rows, for logs larger than the page cache; default: all rows."
+    )
     dataloader_num_workers: int = option(0, "Processes that build batches; 0: in the training process.")
 
 

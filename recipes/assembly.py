@@ -1,9 +1,19 @@
 """Builds the parts of a training run from its settings: model, batches, engine."""
 
+import warnings
+from functools import partial
 from typing import Any
 
 import torch
-from grzoo.data import GenRecCollator, GlobalBatchSampler, StepLoader
+from grzoo.data import (
+    GenRecCollator,
+    GlobalBatchSampler,
+    RecentFirst,
+    SlidingWindows,
+    StepLoader,
+    StochasticLength,
+)
+from grzoo.data.windows import WindowPolicy
 from grzoo.embeddings import (
     DynamicEmbeddingCollection,
     SparseAdagrad,
@@ -19,7 +29,7 @@ from grzoo.models import AutoModelForRetrieval
 from transformers import PreTrainedConfig, get_scheduler
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .arguments import OptimizerArguments
+from .arguments import DataArguments, OptimizerArguments
 from .dataset_folder import LoadedData
 from .parsing import build_config
 from .runtime import Runtime, UserError, user_errors
@@ -80,10 +90,17 @@ def build_loader(settings: Settings, data: LoadedData, config: Any, runtime: Run
     with user_errors():
         draw = catalogue.uniform_negatives if step.negative_sampling == "uniform" else catalogue.shared_negatives
         negatives = draw(step.num_negatives)
+        seed = settings.training.seed
         collator = GenRecCollator(
-            data.train, max_length=settings.data.max_length, seed=settings.training.seed, negatives=negatives
+            data.train,
+            max_length=settings.data.max_length,
+            seed=seed,
+            negatives=negatives,
+            windows=window_policy(settings.data, seed),
         )
-        sampler = GlobalBatchSampler(len(data.train), step.global_batch_size, seed=settings.training.seed)
+        sampler = GlobalBatchSampler(
+            len(collator.windows), step.global_batch_size, seed=seed, block_size=settings.data.shuffle_block_size
+        )
         return StepLoader(
             data.train,
             sampler,
@@ -94,7 +111,20 @@ def build_loader(settings: Settings, data: LoadedData, config: Any, runtime: Run
             max_tokens_per_device=step.max_tokens_per_device,
             micro_batches=step.micro_batches,
             num_workers=settings.data.dataloader_num_workers,
+            pin_memory=not settings.common.use_cpu and torch.cuda.is_available(),
         )
+
+
+def window_policy(arguments: DataArguments, seed: int) -> WindowPolicy:
+    """How histories are cut into training samples, as `--windows` says; warns of a setting without effect."""
+    for name, kind in (("window_overlap", "sliding"), ("stochastic_alpha", "stochastic")):
+        if getattr(arguments, name) != getattr(DataArguments, name) and arguments.windows != kind:
+            warnings.warn(f"--{name} has no effect with --windows {arguments.windows}", stacklevel=2)
+    if arguments.windows == "sliding":
+        return partial(SlidingWindows, overlap=arguments.window_overlap)
+    if arguments.windows == "stochastic":
+        return partial(StochasticLength, alpha=arguments.stochastic_alpha, seed=seed)
+    return RecentFirst
 
 
 def build_engine(settings: Settings, model: Any, deepspeed: EngineConfig, total_steps: int) -> GenRecEngine:

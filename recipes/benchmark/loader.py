@@ -142,7 +142,6 @@ def memory_of_this_process() -> dict[str, float]:
 def _child(folder: str, job: str) -> None:
     """A fresh process: does its job on the folder, says so, and tells its memory when asked."""
     dataset = EventDataset.from_folder(folder)
-    before = memory_of_this_process()
     if job == "train":
         list(islice(endless(build_loader(dataset, 128, 1)), 40))
     else:
@@ -151,7 +150,8 @@ def _child(folder: str, job: str) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     after = memory_of_this_process()
-    print(json.dumps(after | {"grown_proportional_mib": after["proportional_mib"] - before["proportional_mib"]}))
+    print(json.dumps(after), flush=True)
+    sys.stdin.readline()  # until the others have looked too: who leaves changes their shares
 
 
 def processes_memory(folder: Path, job: str, count: int) -> list[dict[str, float]]:
@@ -169,7 +169,7 @@ def processes_memory(folder: Path, job: str, count: int) -> list[dict[str, float
         child.stdin.flush()
         found.append(json.loads(child.stdout.readline()))
     for child in children:
-        child.wait()
+        child.communicate("\n")
     return found
 
 

@@ -1,12 +1,13 @@
 """Law 1 and the budget: a partition only moves samples between bins, and is the same on every rank."""
 
 import math
+import tracemalloc
 from itertools import product
 
 import numpy as np
 import pytest
 from grzoo.data import bin_costs, partition, plan_micro_batches
-from grzoo.data.balancing import _longest_first, step_cost, try_partition
+from grzoo.data.balancing import _exchange, _longest_first, step_cost, try_partition
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +103,37 @@ def test_one_sample_larger_than_all_others_together_is_the_bound() -> None:
     for number in (1, 2, 4):
         plan = plan_micro_batches(cost, cost.astype(int), 4, None, number)
         assert step_cost(cost, plan, 4) <= 105
+
+
+def test_without_a_budget_the_bound_is_met_however_long_the_longest() -> None:
+    tokens = np.array([2000] + [300] * 20 + [40] * 400)
+    cost = quadratic(tokens)
+    for number in (1, 2, 4):
+        plan = plan_micro_batches(cost, tokens, 8, None, number)
+        assert step_cost(cost, plan, 8) / max(cost.max(), cost.sum() / 8) < 1.001
+
+
+@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(2, 40))
+def test_an_exchange_is_the_best_of_all_pairs(seed: int, first: int, second: int) -> None:
+    cost = np.random.default_rng(seed).random(first + second)
+    bins = np.repeat([0, 1], [first, second])
+    loads, tokens = bin_costs(cost, bins, 2), np.ones(len(cost), dtype=np.int64)
+    high, before = int(loads.argmax()), float(loads.max())
+    give, take = cost[bins == high], np.append(cost[bins != high], 0.0)
+    moved = give[:, None] - take
+    best = np.maximum(loads[high] - moved, loads[1 - high] + moved).min()
+    exchanged = _exchange(cost, tokens, bins, loads, np.array([first, second]), high, 1 - high, None)
+    after = float(bin_costs(cost, bins, 2).max())
+    assert np.isclose(after, min(best, before)) and exchanged == (after < before)
+
+
+def test_large_bins_are_refined_in_little_memory() -> None:
+    tokens = np.random.default_rng(0).integers(1, 4096, 20_000)
+    tracemalloc.start()
+    plan = plan_micro_batches(quadratic(tokens), tokens, 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert step_cost(quadratic(tokens), plan, 2) / (quadratic(tokens).sum() / 2) < 1.0001 and peak < 50e6
 
 
 def test_step_cost_sums_the_slowest_rank_of_each_micro_batch() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from grzoo.data import GlobalBatchSampler, permute
+from grzoo.data.sampler import GROUP, permute_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +36,35 @@ def test_an_epoch_serves_every_row_exactly_once(rows: int, batch: int, seed: int
     assert all(len(part) == batch for part in served[:-1])
     assert np.array_equal(np.sort(np.concatenate(served)), np.arange(rows))
     assert shuffle or np.array_equal(np.concatenate(served), np.arange(rows))
+
+
+@given(st.integers(1, 5000), st.integers(1, 40), st.integers(0, 2**64 - 1))
+def test_permute_blocks_is_a_permutation(size: int, block: int, key: int) -> None:
+    order = permute_blocks(np.arange(size), size, block, key)
+    assert np.array_equal(np.sort(order), np.arange(size))
+    some = np.arange(size)[::7]
+    assert np.array_equal(permute_blocks(some, size, block, key), order[some])
+
+
+def test_blocks_are_read_a_group_at_a_time() -> None:
+    size, block = 100_000, 50
+    order = permute_blocks(np.arange(size), size, block, 5)
+    for first in range(0, size, GROUP * block):
+        rows = np.sort(order[first : first + GROUP * block])
+        runs = 1 + int((np.diff(rows) > 1).sum())
+        assert runs <= GROUP + 1, "a group is GROUP runs of neighbouring rows (one may wrap around the end)"
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
+
+
+def test_blocks_are_part_of_the_position() -> None:
+    sampler = GlobalBatchSampler(1000, 10, seed=1, block_size=20)
+    assert np.array_equal(np.sort(np.concatenate(list(sampler))), np.arange(1000))
+    with pytest.raises(ValueError, match="block_size=20.*has None"):
+        GlobalBatchSampler(1000, 10, seed=1).load_state_dict(sampler.state_dict())
+    with pytest.raises(ValueError, match="block_size must be at least 1"):
+        GlobalBatchSampler(10, 2, block_size=0)
+    with pytest.warns(UserWarning, match="no effect without shuffle"):
+        GlobalBatchSampler(10, 2, shuffle=False, block_size=2)
 
 
 def test_drop_last_serves_whole_batches() -> None:
