@@ -103,7 +103,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             return True
         self._reduced = reduce_gradients(self.collection, self._pending, touched, scale / exchange.world_size)
         self._forget(set(touched))
-        self.grad_norm = math.sqrt(exchange.sum_float(squared_norm(self._reduced, exchange.rank)))
+        self.grad_norm = math.sqrt(exchange.sum_float(squared_norm(self.collection, self._reduced)))
         self._finite = math.isfinite(self.grad_norm)
         return self._finite
 

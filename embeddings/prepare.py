@@ -158,7 +158,8 @@ def _request(
         if collection.physical[collection.placement[collection.features[name].table][0]] is table
     ]
     flat = [ids.detach().reshape(-1).cpu() for _, _, ids in uses]
-    ids = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *flat])
+    none = torch.empty(0, dtype=torch.int64, device="cpu")
+    ids = flat[0].contiguous() if len(flat) == 1 else torch.cat([none, *flat])
     tables = None
     if len(table.configs) > 1:
         lengths = torch.tensor([len(f) for f in flat], dtype=torch.int64, device="cpu")
@@ -226,8 +227,10 @@ def _find(
 
     In a table with policies nothing is changed yet: see `Visit`.
     """
-    logical = torch.arange(counts.shape[1], dtype=torch.int32, device="cpu")
-    tables, inverse = logical.repeat(len(counts)).repeat_interleave(counts.reshape(-1)), None
+    tables, inverse = torch.zeros(len(ids), dtype=torch.int32, device="cpu"), None
+    if counts.shape[1] > 1:
+        logical = torch.arange(counts.shape[1], dtype=torch.int32, device="cpu")
+        tables = logical.repeat(len(counts)).repeat_interleave(counts.reshape(-1))
     if not distinct:
         unique = table.backend.unique(ids, tables if len(table.configs) > 1 else None)
         ids, inverse = unique.ids, unique.inverse

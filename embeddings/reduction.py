@@ -101,9 +101,10 @@ def _sum_by_owned(share: TableShare, grads: Tensor) -> Tensor:
 
 def _of_rows(share: TableShare, grads: Tensor, reached: Tensor) -> RowGradients:
     """Drop ids without a row and tables without a gradient."""
-    keep = (share.handles >= 0) & reached[share.tables.long()]
     tables, ids, handles = share.tables, share.ids, share.handles
-    if not keep.all():
+    has_rows = not len(handles) or int(handles.min()) >= 0
+    if not has_rows or not reached.all():
+        keep = (handles >= 0) & reached[tables.long()]
         tables, ids, handles, grads = tables[keep], ids[keep], handles[keep], grads[keep]
     return RowGradients(tables, handles, grads, share.table.row_keys(tables, ids))
 
@@ -146,10 +147,14 @@ def _bytes_sent(step: Step, rank: int) -> int:
     return sum(4 * share.table.dim * int(n) for share, n in zip(step.shares, rows, strict=True))
 
 
-def squared_norm(reduced: Sequence[RowGradients], rank: int) -> float:
-    """Return the sum of the squares of the gradients of this rank: norms of rows in float32, their sum in float64.
+def squared_norm(collection: "DynamicEmbeddingCollection", reduced: Sequence[RowGradients]) -> float:
+    """Return the sum of the squares of the gradients of this rank, in float64.
 
     Those of shared rows, which all ranks have, count on rank 0.
     """
-    parts = [r for r in reduced] + [r.shared for r in reduced if r.shared is not None and rank == 0]
-    return sum(torch.linalg.vector_norm(r.grads, dim=1).double().square().sum().item() for r in parts)
+    total = 0.0
+    for table, rows in zip(collection.physical, reduced, strict=True):
+        total += table.backend.squared_norm(rows.grads.contiguous())
+        if rows.shared is not None and collection.exchange.rank == 0:
+            total += table.backend.squared_norm(rows.shared.grads.contiguous())
+    return total

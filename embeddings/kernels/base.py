@@ -164,6 +164,10 @@ class Backend(Protocol):
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         """Return the distinct ids int64 (or pairs, when `tables` int32 is given) in first-seen order."""
 
+    def squared_norm(self, values: Tensor) -> float:
+        """Return the sum of the squares of values float32 [n, dim], in float64; the same for any number of threads."""
+        return float(values.double().square().sum())
+
     def take_rows(self, values: Tensor, index: Tensor) -> Tensor:
         """Return values[index]: float32 [n, dim] of float32 [m, dim], index int64 [n] in [0, m)."""
         return values.index_select(0, index)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from grzoo.embeddings.kernels.base import Backend, RowInit, TableStorage, Unique
 from torch import Tensor
 
-from .functions import pool_rows, segment_sum, take_rows, unique, unpool_rows
+from .functions import pool_rows, segment_sum, squared_norm, take_rows, unique, unpool_rows
 from .library import library
 from .storage import HostStorage
 
-__all__ = ["HostBackend", "HostStorage", "load", "segment_sum", "take_rows", "unique"]
+__all__ = ["HostBackend", "HostStorage", "load", "segment_sum", "squared_norm", "take_rows", "unique"]
 
 
 class HostBackend(Backend):
@@ -28,6 +28,9 @@ class HostBackend(Backend):
 
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         return unique(ids, tables)
+
+    def squared_norm(self, values: Tensor) -> float:
+        return squared_norm(values)
 
     def take_rows(self, values: Tensor, index: Tensor) -> Tensor:
         return take_rows(values, index)

@@ -24,7 +24,7 @@ _FLOATS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *_FLOATS)
 KERNEL_FLAGS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() in ("x86_64", "AMD64"):
-    KERNEL_FLAGS["avx2"] = ("-mavx2",)
+    KERNEL_FLAGS["avx2"] = ("-mavx2", "-mfma")
     KERNEL_FLAGS["avx512"] = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 LIBRARIES = ("-shared", "-pthread")
 

@@ -1,12 +1,12 @@
 """Distinct ids and sums by segment in C++."""
 
-from ctypes import byref, c_int64
+from ctypes import byref, c_double, c_int64
 
 import torch
 from grzoo.embeddings.kernels.base import Unique
 from torch import Tensor
 
-from .library import call, num_threads, pointer
+from .library import call, empty_rows, num_threads, pointer
 
 
 def unique(ids: Tensor, tables: Tensor | None = None) -> Unique:
@@ -28,7 +28,7 @@ def segment_sum(values: Tensor, index: Tensor, num_segments: int, out: Tensor | 
     n, dim = values.shape
     accumulate = out is not None
     if out is None:
-        out = torch.empty(num_segments, dim, dtype=torch.float32, device="cpu")
+        out = empty_rows(num_segments, dim)
     source = pointer(values, torch.float32, n, dim, name="values")
     segments = pointer(index, torch.int64, n, name="index")
     target = pointer(out, torch.float32, num_segments, dim, name="out")
@@ -36,11 +36,19 @@ def segment_sum(values: Tensor, index: Tensor, num_segments: int, out: Tensor | 
     return out
 
 
+def squared_norm(values: Tensor) -> float:
+    """See `Backend.squared_norm`."""
+    n, dim = values.shape
+    result = c_double()
+    call("squared_norm", pointer(values, torch.float32, n, dim, name="values"), n, dim, byref(result), num_threads())
+    return result.value
+
+
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
     """Return values[index] float32 [n, dim] of values float32 [rows, dim], index int64 [n], written past the caches."""
     rows, dim = values.shape
     n = len(index)
-    out = torch.empty(n, dim, dtype=torch.float32, device="cpu")
+    out = empty_rows(n, dim)
     source = pointer(values, torch.float32, rows, dim, name="values")
     call("take_rows", source, rows, pointer(index, torch.int64, n, name="index"), n, dim, out.data_ptr(), num_threads())
     return out

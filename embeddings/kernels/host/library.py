@@ -19,6 +19,7 @@ class Hyper(ctypes.Structure):
     _fields_ = [(name, c_double) for name in ("lr", "momentum", "beta1", "beta2", "eps", "weight_decay", "step")]
 
 
+_HUGE_FROM = 4 << 20  # bytes
 _COUNT = POINTER(c_int64)
 _HYPER = POINTER(Hyper)
 _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
@@ -27,8 +28,10 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "set_isa": (c_int, [c_char_p]),
     "set_memory_limit": (None, [c_int64]),
     "mapped_bytes": (c_int64, []),
+    "use_huge_pages": (None, [c_void_p, c_int64]),
     "unique": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, _COUNT, c_int]),
     "segment_sum": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int, c_int]),
+    "squared_norm": (c_int, [c_void_p, c_int64, c_int64, POINTER(c_double), c_int]),
     "take_rows": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int]),
     "pool_rows": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int]),
     "unpool_rows": (
@@ -98,6 +101,14 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype, *shape: int, name: str) -
             f" on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
         )
     return tensor.data_ptr()
+
+
+def empty_rows(n: int, dim: int) -> Tensor:
+    """Return float32 [n, dim], uninitialised; large ones in huge pages where the system has them to give."""
+    rows = torch.empty(n, dim, dtype=torch.float32, device="cpu")
+    if rows.nbytes >= _HUGE_FROM:
+        library().grzoo_use_huge_pages(rows.data_ptr(), rows.nbytes)
+    return rows
 
 
 def num_threads() -> int:

@@ -8,7 +8,7 @@ import torch
 from grzoo.embeddings.kernels.base import ROUNDINGS, RULES, STEP_SLOT, RowInit, Slot, TableStorage
 from torch import Tensor
 
-from .library import Hyper, call, library, num_threads, pointer
+from .library import Hyper, call, empty_rows, library, num_threads, pointer
 
 _KINDS = {"constant": 0, "uniform": 1, "quantile": 2}  # as in src/grzoo_host.h
 _RULE_NUMBER = {name: number for number, name in enumerate(RULES)}
@@ -88,7 +88,7 @@ class HostStorage(TableStorage):
     def gather(self, handles: Tensor, out: Tensor | None = None) -> Tensor:
         n = len(handles)
         if out is None:
-            out = torch.empty(n, self._dim, dtype=torch.float32, device="cpu")
+            out = empty_rows(n, self._dim)
         target = pointer(out, torch.float32, n, self._dim, name="out")
         call("storage_gather", self._open, self._handles(handles), n, target, num_threads())
         return out

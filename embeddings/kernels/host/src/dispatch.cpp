@@ -27,7 +27,7 @@ const Kernels* widest() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw"))
         return &avx512::table;
-    if (__builtin_cpu_supports("avx2")) return &avx2::table;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::table;
 #endif
     return &baseline::table;
 }

@@ -11,6 +11,9 @@ int64_t unique(const int32_t* tables, const int64_t* ids, int64_t n, int32_t* un
 void segment_sum(const float* values, const int64_t* index, int64_t n, int64_t dim, int64_t segments, float* out,
                  bool accumulate, int threads);
 
+// The sum of the squares of n * dim values, in float64.
+double squared_norm(const float* values, int64_t n, int64_t dim, int threads);
+
 void take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out, int threads);
 
 // What `Backend.pool_rows` and `unpool_rows` define; weights may be null.

@@ -24,6 +24,7 @@ const char* grzoo_isa(void);                       // "avx512", "avx2" or "basel
 int grzoo_set_isa(const char* name);               // for tests; GRZOO_INVALID where the processor lacks it
 void grzoo_set_memory_limit(int64_t bytes);        // on what the storages of this process map; 0: the machine's memory alone
 int64_t grzoo_mapped_bytes(void);
+void grzoo_use_huge_pages(void* address, int64_t bytes);   // for what of this memory is not in use yet; a wish, no more
 
 // tables and unique_tables may be null: then ids alone are compared. The outputs have room for n.
 int grzoo_unique(const int32_t* tables, const int64_t* ids, int64_t n, int32_t* unique_tables, int64_t* unique_ids,
@@ -31,6 +32,7 @@ int grzoo_unique(const int32_t* tables, const int64_t* ids, int64_t n, int32_t* 
 // accumulate != 0: the sums start from what out holds
 int grzoo_segment_sum(const float* values, const int64_t* index, int64_t n, int64_t dim, int64_t segments, float* out,
                       int accumulate, int threads);
+int grzoo_squared_norm(const float* values, int64_t n, int64_t dim, double* out, int threads);
 int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out,
                     int threads);
 // bags b of rows offsets[b] .. offsets[b + 1]; weights may be null; out of the second has `rows` rows and is added to

@@ -64,6 +64,7 @@ int grzoo_set_isa(const char* name) {
 
 void grzoo_set_memory_limit(int64_t bytes) { grzoo::set_memory_limit(bytes); }
 int64_t grzoo_mapped_bytes(void) { return grzoo::mapped_bytes(); }
+void grzoo_use_huge_pages(void* address, int64_t bytes) { grzoo::use_huge_pages(address, static_cast<size_t>(bytes)); }
 
 int grzoo_unique(const int32_t* tables, const int64_t* ids, int64_t n, int32_t* unique_tables, int64_t* unique_ids,
                  int64_t* inverse, int64_t* counts, int64_t* num_unique, int threads) {
@@ -73,6 +74,10 @@ int grzoo_unique(const int32_t* tables, const int64_t* ids, int64_t n, int32_t* 
 int grzoo_segment_sum(const float* values, const int64_t* index, int64_t n, int64_t dim, int64_t segments, float* out,
                       int accumulate, int threads) {
     return guarded([&] { grzoo::segment_sum(values, index, n, dim, segments, out, accumulate != 0, threads); });
+}
+
+int grzoo_squared_norm(const float* values, int64_t n, int64_t dim, double* out, int threads) {
+    return guarded([&] { *out = grzoo::squared_norm(values, n, dim, threads); });
 }
 
 int grzoo_take_rows(const float* values, int64_t rows, const int64_t* index, int64_t n, int64_t dim, float* out, int threads) {
@@ -160,14 +165,14 @@ int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t
 int grzoo_storage_gather_step(GrzooStorage* storage, const int64_t* handles, int64_t n, int32_t* out) {
     return locked(storage, [&] {
         storage->check_handles(handles, n, 0);
-        for (int64_t i = 0; i < n; ++i) out[i] = storage->rows().view().meta(handles[i])[0];
+        for (int64_t i = 0; i < n; ++i) out[i] = storage->rows().view().step(handles[i])[0];
     });
 }
 
 int grzoo_storage_scatter_step(GrzooStorage* storage, const int64_t* handles, int64_t n, const int32_t* steps) {
     return locked(storage, [&] {
         storage->check_handles(handles, n, 0);
-        for (int64_t i = 0; i < n; ++i) storage->rows().view().meta(handles[i])[0] = steps[i];
+        for (int64_t i = 0; i < n; ++i) storage->rows().view().step(handles[i])[0] = steps[i];
     });
 }
 

@@ -31,8 +31,9 @@ inline uint64_t mix(uint64_t z) {
 
 template <int kWrite>
 GRZOO_INLINE void prefetch_row(const float* row, int64_t floats) {
-    for (int64_t j = 0; j < floats; j += kLine) __builtin_prefetch(row + j, kWrite, 3);
-    __builtin_prefetch(row + floats - 1, kWrite, 3);
+    const uintptr_t end = reinterpret_cast<uintptr_t>(row + floats);
+    for (uintptr_t line = reinterpret_cast<uintptr_t>(row) / 64 * 64; line < end; line += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(line), kWrite, 3);
 }
 
 // Past the caches: what is written here is read much later, and half of the memory traffic of a plain store is the
@@ -158,7 +159,7 @@ void add_rows(const float* values, const int64_t* index, const uint32_t* positio
         if (k + kAhead < count) {
             const int64_t ahead = positions ? positions[k + kAhead] : k + kAhead;
             prefetch_row<1>(out + index[ahead] * dim, dim);
-            prefetch_row<0>(values + ahead * dim, dim);
+            if (positions) prefetch_row<0>(values + ahead * dim, dim);    // else in order, which the processor sees by itself
         }
         const int64_t p = positions ? positions[k] : k, s = index[p];
         if (seen[s]) {
@@ -168,6 +169,37 @@ void add_rows(const float* values, const int64_t* index, const uint32_t* positio
             copy_row(out + s * dim, values + p * dim, dim);
         }
     }
+}
+
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float LooseFloats4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef double Doubles4 __attribute__((vector_size(32)));
+
+// The square of a float32 is exact in float64: contracted or not, the sum has the same bits.
+GRZOO_INLINE void add_squares(Doubles4& sum, const float* g) {
+    const Doubles4 x = __builtin_convertvector(static_cast<Floats4>(*reinterpret_cast<const LooseFloats4*>(g)), Doubles4);
+#if defined(__FMA__) && defined(__AVX2__) && !defined(__clang__)
+    sum = __builtin_ia32_vfmaddpd256(x, x, sum);
+#else
+    sum += x * x;
+#endif
+}
+
+// In eight lanes, so that its order is that of no instruction set.
+inline double sum_of_squares(const float* g, int64_t dim) {
+    Doubles4 low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
+    int64_t j = 0;
+    for (; j + 8 <= dim; j += 8) {
+        add_squares(low, g + j);
+        add_squares(high, g + j + 4);
+    }
+    for (int l = 0; j < dim; ++j, ++l) (l < 4 ? low[l] : high[l - 4]) += double(g[j]) * double(g[j]);
+    low += high;
+    return (low[0] + low[1]) + (low[2] + low[3]);
+}
+
+double squares(const float* values, int64_t begin, int64_t end, int64_t dim) {
+    return sum_of_squares(values + begin * dim, (end - begin) * dim);
 }
 
 void initial(const InitLaw& law, int64_t id, const uint64_t* column_words, int64_t dim, float* row) {
@@ -186,21 +218,16 @@ void initial(const InitLaw& law, int64_t id, const uint64_t* column_words, int64
     for (int64_t j = 0; j < dim; ++j) row[j] = law.value * law.quantiles[mix(base + column_words[j]) >> 48];
 }
 
-GRZOO_INLINE void prefetch_update(const RowsView& rows, int64_t h) {
-    prefetch_row<1>(rows.record(h), rows.record_floats);
-    __builtin_prefetch(rows.meta(h), 1, 3);
-}
-
 // apply(p, g, rule, h, t) on every row, the step of the row counted first.
 template <typename Apply>
 inline void for_each_row(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin,
                          int64_t end, Apply apply) {
-    constexpr int64_t kUpdateAhead = 6;
-    for (int64_t i = begin; i < begin + kUpdateAhead && i < end; ++i) prefetch_update(rows, handles[i]);
+    constexpr int64_t kUpdateAhead = 8;
+    for (int64_t i = begin; i < begin + kUpdateAhead && i < end; ++i) prefetch_row<1>(rows.record(handles[i]), rows.record_floats);
     for (int64_t i = begin; i < end; ++i) {
-        if (i + kUpdateAhead < end) prefetch_update(rows, handles[i + kUpdateAhead]);
+        if (i + kUpdateAhead < end) prefetch_row<1>(rows.record(handles[i + kUpdateAhead]), rows.record_floats);
         const int64_t h = handles[i];
-        const int32_t t = ++rows.meta(h)[0];
+        const int32_t t = ++rows.step(h)[0];
         if (!rows.bfloat16) {
             apply(rows.record(h), grads + i * rows.dim, rule.slots, h, t);
             continue;
@@ -244,16 +271,6 @@ void adagrad(const RowsView& rows, const UpdateRule& rule, const int64_t* handle
                  });
 }
 
-inline float mean_square(const float* g, int64_t dim) {
-    double lanes[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    int64_t j = 0;
-    for (; j + 8 <= dim; j += 8)
-        for (int l = 0; l < 8; ++l) lanes[l] += double(g[j + l]) * double(g[j + l]);
-    for (int l = 0; j < dim; ++j, ++l) lanes[l] += double(g[j]) * double(g[j]);
-    const double sum = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
-    return static_cast<float>(sum / double(dim));
-}
-
 void rowwise_adagrad(const RowsView& rows, const UpdateRule& rule, const int64_t* handles, const float* grads, int64_t begin,
                      int64_t end) {
     const float lr = rule.lr, eps = rule.eps;
@@ -261,9 +278,9 @@ void rowwise_adagrad(const RowsView& rows, const UpdateRule& rule, const int64_t
     for_each_row(rows, rule, handles, grads, begin, end,
                  [&](float* __restrict__ p, const float* __restrict__ g, const SlotPlace* slots, int64_t h, int32_t) {
                      float* sum = slots[0].of(rows, h);
-                     *sum += mean_square(g, dim);
-                     const float root = sqrtf(*sum) + eps;
-                     for (int64_t j = 0; j < dim; ++j) p[j] -= lr * g[j] / root;
+                     *sum += static_cast<float>(sum_of_squares(g, dim) / double(dim));
+                     const float rate = lr / (sqrtf(*sum) + eps);
+                     for (int64_t j = 0; j < dim; ++j) p[j] -= rate * g[j];
                  });
 }
 
@@ -345,7 +362,7 @@ void unpool_rows(const float* grads, const int64_t* index, const int64_t* offset
 
 extern const Kernels table;
 const Kernels table = {
-    GRZOO_STRING(GRZOO_ISA), gather, take_rows, add_rows, initial, store, {sgd, adagrad, rowwise_adagrad, adam, adamw},
+    GRZOO_STRING(GRZOO_ISA), gather, take_rows, add_rows, squares, initial, store, {sgd, adagrad, rowwise_adagrad, adam, adamw},
     pool_rows, unpool_rows,
 };
 

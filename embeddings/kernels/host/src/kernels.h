@@ -5,27 +5,24 @@
 
 namespace grzoo {
 
-// Where the rows are. Record of row h: [embedding | wide slots] floats, an embedding of bfloat16 in half as many; meta: [step | narrow slots] words of 4 bytes.
+// Where the rows are. Record of row h: [embedding | wide slots | step | narrow slots], words of 4 bytes; an embedding of
+// bfloat16 in half as many. All of a row is in one place: finding the page of a random row costs more than its bytes.
 struct RowsView {
     float* const* records;
-    int32_t* const* metas;
-    int shift, meta_shift;     // rows of a chunk: 2^shift, 2^meta_shift
-    int64_t dim, record_floats, meta_words;
+    int shift;                 // rows of a chunk: 2^shift
+    int64_t dim, record_floats, step_offset;
     bool bfloat16;
 
     int64_t row_floats() const { return bfloat16 ? (dim + 1) / 2 : dim; }
     float* record(int64_t h) const { return records[h >> shift] + (h & ((int64_t(1) << shift) - 1)) * record_floats; }
-    int32_t* meta(int64_t h) const { return metas[h >> meta_shift] + (h & ((int64_t(1) << meta_shift) - 1)) * meta_words; }
+    int32_t* step(int64_t h) const { return reinterpret_cast<int32_t*>(record(h) + step_offset); }
 };
 
 struct SlotPlace {
-    bool in_meta;
     int64_t offset, width;
     float fill;
 
-    float* of(const RowsView& rows, int64_t h) const {
-        return in_meta ? reinterpret_cast<float*>(rows.meta(h)) + offset : rows.record(h) + offset;
-    }
+    float* of(const RowsView& rows, int64_t h) const { return rows.record(h) + offset; }
 };
 
 struct InitLaw {
@@ -64,6 +61,8 @@ struct Kernels {
     // out[index[p]] += values[p] for p = positions[k] (or k itself when null), in this order; seen[s] == 0: out[s] is written first
     void (*add_rows)(const float* values, const int64_t* index, const uint32_t* positions, int64_t count, int64_t dim,
                      float* out, uint8_t* seen);
+    // the sum of the squares of values[begin * dim .. end * dim)
+    double (*squares)(const float* values, int64_t begin, int64_t end, int64_t dim);
     // row[c] for the columns; column_words[c] = 0x9E3779B97F4A7C15 + mix64(c + 0x632BE59BD9B4E019)
     void (*initial)(const InitLaw&, int64_t id, const uint64_t* column_words, int64_t dim, float* row);
     // row of a handle = row, to the nearest bfloat16 where rows are that

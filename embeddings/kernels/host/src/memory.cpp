@@ -102,9 +102,7 @@ void* map_pages(size_t bytes) {
         if (head) munmap(address, head);
         if (head + end < padded) munmap(aligned + end, padded - head - end);
         address = aligned;
-#ifdef MADV_HUGEPAGE
-        madvise(address, bytes, MADV_HUGEPAGE);
-#endif
+        use_huge_pages(address, end);
     }
     mapped += static_cast<int64_t>(bytes);
     return address;
@@ -114,6 +112,14 @@ void unmap_pages(void* address, size_t bytes) noexcept {
     if (!address) return;
     munmap(address, bytes);
     mapped -= static_cast<int64_t>(bytes);
+}
+
+void use_huge_pages(void* address, size_t bytes) noexcept {
+    const uintptr_t page = kHugePage, begin = (reinterpret_cast<uintptr_t>(address) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(address) + bytes) / page * page;
+#ifdef MADV_HUGEPAGE
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 int64_t mapped_bytes() noexcept { return mapped.load(); }

@@ -9,6 +9,9 @@ namespace grzoo {
 void* map_pages(size_t bytes);
 void unmap_pages(void* address, size_t bytes) noexcept;
 
+// Asks for huge pages in the part of a range that whole ones fit into.
+void use_huge_pages(void* address, size_t bytes) noexcept;
+
 int64_t mapped_bytes() noexcept;
 void set_memory_limit(int64_t bytes) noexcept;
 

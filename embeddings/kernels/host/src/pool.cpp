@@ -11,29 +11,46 @@
 namespace grzoo {
 namespace {
 
+// Between two regions of a step lie some microseconds: a thread that looks for work that long before it sleeps is there
+// at once, where waking it would cost as much as its part.
+constexpr int kLooks = 4000;
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// What is left of a region, in one word: a thread that takes a part by compare-and-swap knows that the region runs, and
+// that its function stays in place until the part is done.
+struct Ticket {
+    uint64_t word;
+    int next() const { return static_cast<int>(word & 0xFFFF); }
+    int parts() const { return static_cast<int>(word >> 16 & 0xFFFF); }
+    bool open() const { return next() < parts(); }
+};
+
 class Pool {
 public:
     void run(int parts, PartFunction function, void* context) {
-        std::unique_lock<std::mutex> lock(mutex_);
         while (static_cast<int>(threads_.size()) < parts - 1) start_thread();
         function_ = function;
         context_ = context;
-        parts_ = parts;
         pending_ = parts - 1;
-        next_ = 1;
-        lock.unlock();
-        wake_.notify_all();
-        function(context, 0);
-        lock.lock();
-        while (next_ < parts_) {   // threads that have not woken yet: their parts are done here
-            int part = next_++;
-            lock.unlock();
-            function(context, part);
-            lock.lock();
-            --pending_;
+        ++region_;
+        ticket_ = region_ << 32 | static_cast<uint64_t>(parts) << 16 | 1;
+        if (asleep_ > 0) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            wake_.notify_all();
         }
+        function(context, 0);
+        while (take_part()) {}    // of threads that have not come yet
+        for (int look = 0; pending_ > 0 && look < kLooks; ++look) pause();
+        if (pending_ == 0) return;
+        std::unique_lock<std::mutex> lock(mutex_);
+        waits_ = true;
         done_.wait(lock, [this] { return pending_ == 0; });
-        parts_ = 0;
+        waits_ = false;
     }
 
     std::mutex busy;   // one parallel region at a time
@@ -44,26 +61,41 @@ private:
         threads_.back().detach();   // never joined: they sleep until the process ends
     }
 
+    bool take_part() {
+        uint64_t seen = ticket_;
+        while (Ticket{seen}.open()) {
+            if (!ticket_.compare_exchange_weak(seen, seen + 1)) continue;
+            function_(context_, Ticket{seen}.next());
+            if (--pending_ == 0 && waits_) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                done_.notify_one();
+            }
+            return true;
+        }
+        return false;
+    }
+
     void work() {
-        std::unique_lock<std::mutex> lock(mutex_);
         while (true) {
-            wake_.wait(lock, [this] { return next_ < parts_; });
-            int part = next_++;
-            PartFunction function = function_;
-            void* context = context_;
-            lock.unlock();
-            function(context, part);
-            lock.lock();
-            if (--pending_ == 0) done_.notify_one();
+            for (int look = 0; look < kLooks; ++look) take_part() ? void(look = 0) : pause();
+            std::unique_lock<std::mutex> lock(mutex_);
+            ++asleep_;
+            wake_.wait(lock, [this] { return Ticket{ticket_}.open(); });
+            --asleep_;
         }
     }
 
+    // All atomics are sequentially consistent: who goes to sleep says so and looks again; who has work offers it and
+    // then looks for sleepers. One of the two sees the other.
+    std::atomic<uint64_t> ticket_{0};
+    std::atomic<int> pending_{0}, asleep_{0};
+    std::atomic<bool> waits_{false};
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     std::vector<std::thread> threads_;
     PartFunction function_ = nullptr;
     void* context_ = nullptr;
-    int parts_ = 0, next_ = 0, pending_ = 0;
+    uint64_t region_ = 0;
 };
 
 std::atomic<Pool*> current{nullptr};

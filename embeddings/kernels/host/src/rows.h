@@ -35,16 +35,13 @@ public:
 
 private:
     void add_chunk();
-    void add_meta_chunk();
     void drop_chunks();
     void copy_row(const Rows& from, int64_t row, const std::vector<NewSlot>& wanted) const;
     size_t record_bytes() const { return sizeof(float) * static_cast<size_t>(view_.record_floats << view_.shift); }
-    size_t meta_bytes() const { return sizeof(int32_t) * static_cast<size_t>(view_.meta_words << view_.meta_shift); }
 
     RowsView view_{};
     std::vector<SlotPlace> slots_;
     std::vector<float*> records_;
-    std::vector<int32_t*> metas_;
     std::vector<uint32_t> free_;
     int64_t used_ = 0;
 };

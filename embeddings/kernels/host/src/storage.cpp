@@ -52,6 +52,10 @@ void Storage::check_handles(const int64_t* handles, int64_t n, int64_t low) cons
 }
 
 void Storage::check_tables(const int32_t* tables, int64_t n) const {
+    const uint32_t known = static_cast<uint32_t>(laws_.size());
+    uint32_t outside = 0;
+    for (int64_t i = 0; i < n; ++i) outside |= static_cast<uint32_t>(tables[i]) >= known;
+    if (!outside) return;
     for (int64_t i = 0; i < n; ++i)
         if (tables[i] < 0 || tables[i] >= static_cast<int64_t>(laws_.size()))
             throw InvalidArgument("table " + std::to_string(tables[i]) + " at position " + std::to_string(i) + " is not one of the " +

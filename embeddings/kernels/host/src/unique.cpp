@@ -5,7 +5,6 @@
 namespace grzoo {
 namespace {
 
-constexpr uint32_t kNone = UINT32_MAX;
 constexpr int64_t kIdsAhead = 16;
 
 struct Pairs {
@@ -13,74 +12,81 @@ struct Pairs {
     const int64_t* ids;
     int32_t table(int64_t i) const { return tables ? tables[i] : 0; }
     uint64_t hash(int64_t i) const { return key_hash(table(i), ids[i]); }
+    bool equal(int64_t i, int64_t j) const { return (ids[i] == ids[j]) & (!tables || tables[i] == tables[j]); }
 };
 
-// Open addressing from a pair to a number, that doubles when half full: sized by what is distinct, not by n, and eight
-// bytes an entry, so that it stays in the near caches. The pairs themselves are those of `known`, by number.
+// Open addressing from a pair to a number, doubled when half full. An entry is a few bits of the hash above the number
+// plus one, 0 when empty: small words, so that the map stays in the near caches. The pairs are those of `known`.
+template <typename Word, int kNumberBits>
 class PairMap {
 public:
     PairMap(Pairs known, int64_t expected) : known_(known) {
         while ((int64_t(1) << bits_) < expected * 2) ++bits_;
-        entries_.assign(size_t(1) << bits_, Entry{0, kNone});
+        entries_.assign(size_t(1) << bits_, 0);
     }
 
     GRZOO_INLINE void prefetch(uint64_t hash) const { grzoo::prefetch_write(&entries_[hash >> (64 - bits_)]); }
 
-    // The number of the pair; `number` when it is new, which `added` then says.
-    uint32_t find_or_add(uint64_t hash, int32_t table, int64_t id, uint32_t number, bool& added) {
-        const uint32_t tag = static_cast<uint32_t>(hash);
+    // The number of the pair; `number` when it is new, which `added` then says. `known` must hold the pair at `number`
+    // already. No branch on whether it is new: the processor would guess it wrong every third time.
+    GRZOO_INLINE uint32_t find_or_add(uint64_t hash, uint32_t number, bool& added) {
+        const Word mine = (static_cast<Word>(hash) & ~kNumber) | static_cast<Word>(number + Word(1));
         const size_t mask = (size_t(1) << bits_) - 1;
+        Word* __restrict__ entries = entries_.data();
         for (size_t at = hash >> (64 - bits_);; at = (at + 1) & mask) {
-            const Entry entry = entries_[at];
-            added = entry.number == kNone;
-            if (added) {
-                entries_[at] = {tag, number};
-                if (++size_ * 2 > (int64_t(1) << bits_)) grow();
-                return number;
-            }
-            if (entry.tag == tag && known_.ids[entry.number] == id && known_.table(entry.number) == table) return entry.number;
+            const Word entry = entries[at], chosen = entry | (mine & (Word(entry != 0) - 1));
+            if ((chosen ^ mine) > kNumber) continue;
+            const uint32_t found = static_cast<uint32_t>((chosen & kNumber) - 1);
+            if (__builtin_expect(!known_.equal(found, number), 0)) continue;
+            entries[at] = chosen;
+            added = entry == 0;
+            size_ += added;
+            if (__builtin_expect(size_ * 2 > (int64_t(1) << bits_), 0)) grow();
+            return found;
         }
     }
 
 private:
-    struct Entry {
-        uint32_t tag, number;
-    };
+    static constexpr Word kNumber = static_cast<Word>((uint64_t(1) << kNumberBits) - 1);
 
-    void grow() {
-        std::vector<Entry> old(size_t(2) << bits_, Entry{0, kNone});
+    __attribute__((noinline)) void grow() {
+        std::vector<Word> old(size_t(2) << bits_, 0);
         old.swap(entries_);
         ++bits_;
         const size_t mask = (size_t(1) << bits_) - 1;
-        for (const Entry& entry : old) {
-            if (entry.number == kNone) continue;
-            size_t at = known_.hash(entry.number) >> (64 - bits_);
-            while (entries_[at].number != kNone) at = (at + 1) & mask;
+        for (Word entry : old) {
+            if (!entry) continue;
+            size_t at = known_.hash(static_cast<int64_t>((entry & kNumber) - 1)) >> (64 - bits_);
+            while (entries_[at]) at = (at + 1) & mask;
             entries_[at] = entry;
         }
     }
 
-    Pairs known_;
+    const Pairs known_;
     int bits_ = 4;
     int64_t size_ = 0;
-    std::vector<Entry> entries_;
+    std::vector<Word> entries_;
 };
 
-int64_t unique_serial(const Pairs& pairs, int64_t n, int32_t* unique_tables, int64_t* unique_ids, int64_t* inverse,
-                      int64_t* counts) {
-    PairMap map({unique_tables, unique_ids}, n / 8);
+using SmallMap = PairMap<uint32_t, 20>;
+using LargeMap = PairMap<uint64_t, 32>;
+bool is_small(int64_t n) { return n < (1 << 20) - 1; }
+
+template <typename Map>
+int64_t unique_serial(const Pairs pairs, int64_t n, int32_t* __restrict__ unique_tables, int64_t* __restrict__ unique_ids,
+                      int64_t* __restrict__ inverse, int64_t* __restrict__ counts) {
+    Map map({unique_tables, unique_ids}, n / 4);
     int64_t found = 0;
     uint64_t hashes[2 * kIdsAhead];
     for (int64_t i = 0; i < n && i < kIdsAhead; ++i) map.prefetch(hashes[i] = pairs.hash(i));
     for (int64_t i = 0; i < n; ++i) {
         if (i + kIdsAhead < n) map.prefetch(hashes[(i + kIdsAhead) % (2 * kIdsAhead)] = pairs.hash(i + kIdsAhead));
-        // written before it is known to be new: the map reads it there when it grows
         unique_ids[found] = pairs.ids[i];
         if (unique_tables) unique_tables[found] = pairs.tables[i];
+        counts[found] = 0;
         bool added;
-        const uint32_t number = map.find_or_add(hashes[i % (2 * kIdsAhead)], pairs.table(i), pairs.ids[i],
-                                                static_cast<uint32_t>(found), added);
-        if (added) counts[found++] = 0;
+        const uint32_t number = map.find_or_add(hashes[i % (2 * kIdsAhead)], static_cast<uint32_t>(found), added);
+        found += added;
         ++counts[number];
         inverse[i] = number;
     }
@@ -88,27 +94,30 @@ int64_t unique_serial(const Pairs& pairs, int64_t n, int32_t* unique_tables, int
 }
 
 // Each thread owns the pairs of some hash values and finds their first positions; numbers then follow the positions.
+template <typename Map>
 int64_t unique_parallel(const Pairs& pairs, int64_t n, int32_t* unique_tables, int64_t* unique_ids, int64_t* inverse,
                         int64_t* counts, int parts) {
     std::vector<uint32_t> repeats(static_cast<size_t>(n), 0);      // at first positions: how often the pair occurs
     std::vector<uint32_t> number_of(static_cast<size_t>(n));
-    std::vector<uint16_t> owner(static_cast<size_t>(n));
+    std::vector<uint64_t> hashes(static_cast<size_t>(n));
     parallel_ranges(n, parts, 1, [&](int64_t begin, int64_t end) {
-        // by low bits of the hash: the maps use the high ones
-        for (int64_t i = begin; i < end; ++i)
-            owner[static_cast<size_t>(i)] = static_cast<uint16_t>(((pairs.hash(i) & 0xFFFFFFFFull) * static_cast<uint64_t>(parts)) >> 32);
+        for (int64_t i = begin; i < end; ++i) hashes[static_cast<size_t>(i)] = pairs.hash(i);
     });
     parallel(parts, [&](int part) {
-        PairMap map(pairs, n / parts / 8);
-        std::vector<uint32_t> mine;
-        mine.reserve(static_cast<size_t>(n / parts + n / 8 + 16));
-        for (int64_t i = 0; i < n; ++i)
-            if (owner[static_cast<size_t>(i)] == part) mine.push_back(static_cast<uint32_t>(i));
-        for (size_t k = 0; k < mine.size(); ++k) {
-            if (k + kIdsAhead < mine.size()) map.prefetch(pairs.hash(mine[k + kIdsAhead]));
+        // by low bits of the hash: the maps use the high ones
+        const uint64_t owners = static_cast<uint64_t>(parts), own = static_cast<uint64_t>(part);
+        std::vector<uint32_t> mine(static_cast<size_t>(n) + 1);
+        size_t count = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            mine[count] = static_cast<uint32_t>(i);
+            count += ((hashes[static_cast<size_t>(i)] & 0xFFFF) * owners) >> 16 == own;
+        }
+        Map map(pairs, n / parts / 4);
+        for (size_t k = 0; k < count; ++k) {
+            if (k + kIdsAhead < count) map.prefetch(hashes[mine[k + kIdsAhead]]);
             const uint32_t i = mine[k];
             bool added;
-            const uint32_t first = map.find_or_add(pairs.hash(i), pairs.table(i), pairs.ids[i], i, added);
+            const uint32_t first = map.find_or_add(hashes[i], i, added);
             ++repeats[first];
             inverse[i] = first;
         }
@@ -145,8 +154,11 @@ int64_t unique(const int32_t* tables, const int64_t* ids, int64_t n, int32_t* un
     if (n >= int64_t(UINT32_MAX)) throw InvalidArgument("unique takes at most 2^32 - 2 ids");
     const Pairs pairs{tables, ids};
     const int parts = parts_for(n, std::min(threads, 64), 1 << 14);
-    if (parts == 1) return unique_serial(pairs, n, unique_tables, unique_ids, inverse, counts);
-    return unique_parallel(pairs, n, unique_tables, unique_ids, inverse, counts, parts);
+    const auto run = [&](auto serial, auto parallel) {
+        return parts == 1 ? serial(pairs, n, unique_tables, unique_ids, inverse, counts)
+                          : parallel(pairs, n, unique_tables, unique_ids, inverse, counts, parts);
+    };
+    return is_small(n) ? run(unique_serial<SmallMap>, unique_parallel<SmallMap>) : run(unique_serial<LargeMap>, unique_parallel<LargeMap>);
 }
 
 }  // namespace grzoo
