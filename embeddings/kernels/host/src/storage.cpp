@@ -149,7 +149,7 @@ void Storage::write(const int32_t* tables, const int64_t* ids, int64_t n, const 
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = handles[static_cast<size_t>(i)];
             kernels().store(view, row, values + i * view.dim);
-            view.meta(row)[0] = steps[i];
+            view.step(row)[0] = steps[i];
             for (size_t k = 0; k < rows_.slots().size(); ++k) {
                 const SlotPlace& slot = rows_.slots()[k];
                 memcpy(slot.of(view, row), slots[k] + i * slot.width, sizeof(float) * static_cast<size_t>(slot.width));
