@@ -436,6 +436,20 @@ def test_segment_sum_has_the_bits_of_the_naive_one(n: int, dim: int, segments: i
     assert HOST.segment_sum(values, index, segments, out) is out and torch.equal(out, expected)
 
 
+@pytest.mark.parametrize(("n", "dim"), [(0, 4), (1, 1), (1000, 3), (30_000, 64)])
+def test_squared_norm_has_the_same_bits_for_any_threads_and_instruction_set(
+    n: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.randn(n, dim, generator=torch.Generator().manual_seed(4)) * 1e3
+    norms = set()
+    for isa in ISAS:
+        library().grzoo_set_isa(isa.encode())
+        for count in ("1", "2", "3"):
+            monkeypatch.setenv("GRZOO_NUM_THREADS", count)
+            norms.add(HOST.squared_norm(values))
+    assert len(norms) == 1 and norms.pop() == pytest.approx(NAIVE.squared_norm(values), rel=1e-12)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dim", [1, 16, 20, 64])
 def test_take_rows_is_index_select(dim: int, isa: str, threads: int) -> None:

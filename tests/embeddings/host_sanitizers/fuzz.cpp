@@ -193,6 +193,11 @@ private:
         const int accumulate = static_cast<int>(random_() % 2);
         CHECK(grzoo_segment_sum(values.data(), inverse.data(), n, dim_, found, sums.data(), accumulate, threads()) == GRZOO_OK);
         for (int64_t s = 0; s < found; ++s) CHECK(sums[static_cast<size_t>(s * dim_)] == float(counts[static_cast<size_t>(s)]));
+        double norm = -1, expected = 0;
+        CHECK(grzoo_squared_norm(sums.data(), found, dim_, &norm, threads()) == GRZOO_OK);
+        for (float sum : sums) expected += double(sum) * double(sum);
+        CHECK(norm == expected);    // whole numbers: exact in any order
+        grzoo_use_huge_pages(values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
         std::vector<float> taken(static_cast<size_t>(n * dim_));
         CHECK(grzoo_take_rows(sums.data(), found, inverse.data(), n, dim_, taken.data(), threads()) == GRZOO_OK);
     }
