@@ -1,5 +1,6 @@
 """Global steps of one rank: sampler -> balanced plan -> jagged micro-batches, in worker processes if asked."""
 
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -111,6 +112,11 @@ def _as_is(step: Any) -> Any:
     return step
 
 
+def _outlive_sigterm(_: int) -> None:
+    """A scheduler tells a whole job to end; the training process still needs its batches to come to a stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class StepLoader:
     """Iterates the GlobalSteps of one rank from a position to the end of its epoch; iterate again for the next epoch.
 
@@ -183,6 +189,7 @@ class StepLoader:
             batch_size=None,
             sampler=positions,
             collate_fn=_as_is,
+            worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_factor,

@@ -38,8 +38,8 @@ class Exchange:
     def agree(self, problem: Exception | None) -> None:
         """Raise on every rank when some rank has a problem; to be called before the next collective.
 
-        A rank raises its own problem as it is; the others raise a ValueError (or RuntimeError, if it was not one) with
-        the message of the first rank that has one.
+        A rank raises its own problem as it is; the others raise a ValueError or OSError (RuntimeError, if it was
+        neither) with the message of the first rank that has one.
         """
         if self.world_size > 1 and any(any(status) for status in self.gather_ints([int(problem is not None)])):
             self._raise_everywhere(problem)
@@ -48,7 +48,7 @@ class Exchange:
 
     def _raise_everywhere(self, problem: Exception | None) -> None:
         text = str(problem).encode()[: _MESSAGE - 1] if problem is not None else b""
-        kind = 0 if problem is None else 1 + isinstance(problem, ValueError)
+        kind = 0 if problem is None else 3 if isinstance(problem, OSError) else 1 + isinstance(problem, ValueError)
         payload = torch.zeros(_MESSAGE, dtype=torch.uint8, device="cpu")
         payload[: 1 + len(text)] = torch.tensor([kind, *text], dtype=torch.uint8)
         messages = self._all_gather(payload)
@@ -58,7 +58,7 @@ class Exchange:
             kind, *body = message.tolist()
             if kind:
                 words = bytes(body).rstrip(b"\0").decode(errors="ignore")
-                raise (ValueError if kind == 2 else RuntimeError)(f"rank {rank} failed: {words}")
+                raise (RuntimeError, ValueError, OSError)[kind - 1](f"rank {rank} failed: {words}")
         raise AssertionError("some rank had a problem, but none told it")
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:

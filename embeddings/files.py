@@ -33,6 +33,16 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_link(file: Path) -> None:
+    """Raise ValueError when a file is a link out of its folder; the snapshots of a hub cache link to its blobs."""
+    if not file.is_symlink():
+        return
+    folder = file.parent.resolve()
+    root = folder.parents[1] if folder.parent.name == "snapshots" else folder
+    if not file.resolve().is_relative_to(root):
+        raise ValueError(f"{file} is a link to {file.resolve()}, outside of {root}: put the file itself there")
+
+
 def fingerprint(file: Path) -> Fingerprint:
     """Return size in bytes and checksum (xxHash3, 128 bits, hexadecimal) of a file."""
     digest = xxhash.xxh3_128()

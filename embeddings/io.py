@@ -7,9 +7,18 @@ with optimizer state, "<table>.<slot>" float32 [n, width] and "<table>.step" int
 optimizer and the shards. embeddings-shared.safetensors holds the rows that unknown ids share, where tables have them.
 """
 
-from .index import FORMAT_VERSION, INDEX_NAME, read_index, shard_files
+from .index import FORMAT_VERSION, INDEX_NAME, read_index, remove_index, shard_files
 from .loading import load_tables
 from .mapped import map_tables
 from .saving import save_tables
 
-__all__ = ["FORMAT_VERSION", "INDEX_NAME", "load_tables", "map_tables", "read_index", "save_tables", "shard_files"]
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_NAME",
+    "load_tables",
+    "map_tables",
+    "read_index",
+    "remove_index",
+    "save_tables",
+    "shard_files",
+]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import TableConfig
@@ -49,6 +48,7 @@ def load_tables(
     try:
         index = read_index(folder)
         metadata = index["metadata"]
+        num_rows = dict(metadata["rows"])
         with_state = check_metadata(collection, metadata, state)
         fresh = _empty_tables(collection, metadata, with_state)
         first, end = bucket_range(exchange.rank, exchange.world_size)
@@ -61,10 +61,10 @@ def load_tables(
             load_shared(collection, fresh, Path(folder) / SHARED_FILE, state=with_state)
     except MemoryError as error:
         problem = error
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except Exception as error:
         problem = error if isinstance(error, ValueError) else ValueError(f"cannot load tables from {folder}: {error!r}")
     exchange.agree(problem)
-    for name, expected in metadata["rows"].items():
+    for name, expected in num_rows.items():
         position, logical = collection.placement[name]
         if (found := exchange.sum_int(fresh[position].num_rows(logical))) != expected:
             raise ValueError(f"table {name!r} in {folder} should have {expected} rows, its shards hold {found}")

@@ -11,7 +11,7 @@ import torch
 
 from .files import Fingerprint, flush, write_text
 from .hashing import HASH_VERSION, NUM_BUCKETS
-from .index import FORMAT_VERSION, INDEX_NAME, describe_optimizer, shard_files
+from .index import FORMAT_VERSION, INDEX_NAME, describe_optimizer, remove_index, shard_files
 from .shards import Shard, ShardedRows, ShardPlan, plan_shards, stream_pieces
 from .shared_rows import SHARED_FILE, shared_tensors
 from .tensor_file import TensorFileWriter, save_tensors
@@ -34,8 +34,9 @@ def save_tables(
 ) -> dict[str, Fingerprint]:
     """Write all tables into a folder that every rank can reach (made when missing). Collective.
 
-    Each file, and the index last, appears under its name when it is complete. Shards of an earlier save in the folder
-    go. Beside the tables this takes 16 bytes per row for the order of the rows, and a few pieces of 16 MiB.
+    An index that is there goes first; each file, and the new index last, appears under its name when it is complete.
+    Shards of an earlier save in the folder go. Beside the tables this takes 16 bytes per row for the order of the rows,
+    and a few pieces of 16 MiB.
 
     Args:
         collection: the tables.
@@ -57,7 +58,7 @@ def save_tables(
     weights = torch.stack([torch.diff(rows.offsets) * rows.row_bytes() for rows in row_sets])
     shards = plan_shards(weights.sum(0), max_shard_bytes)
     failures = _Failures()
-    failures.attempt(lambda: path.mkdir(parents=True, exist_ok=True))
+    failures.attempt(lambda: _start(path, exchange.rank))
     exchange.agree(failures.first)
     files: dict[str, Fingerprint] = {}
     for turn in _turns(shards, exchange.world_size):
@@ -72,6 +73,12 @@ def save_tables(
         files |= failures.attempt(lambda: _publish(path, index)) or {}
     exchange.agree(failures.first)
     return files
+
+
+def _start(path: Path, rank: int) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        remove_index(path)
 
 
 class _Failures:

@@ -12,9 +12,18 @@ import torch
 import torch.distributed as dist
 from grzoo.embeddings import DynamicEmbeddingCollection
 from grzoo.embeddings.files import obey_umask
-from grzoo.embeddings.io import INDEX_NAME, load_tables, map_tables, read_index, save_tables, shard_files
+from grzoo.embeddings.io import (
+    INDEX_NAME,
+    load_tables,
+    map_tables,
+    read_index,
+    remove_index,
+    save_tables,
+    shard_files,
+)
 from huggingface_hub import HfApi
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
@@ -102,6 +111,8 @@ class GenRecPreTrainedModel(PreTrainedModel):
         error: Exception | None = None
         if is_main_process or group is None:
             try:
+                if is_main_process:
+                    remove_index(save_directory)
                 super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
                 for file in Path(save_directory).glob("model*.safetensors"):
                     obey_umask(file)
@@ -157,7 +168,13 @@ class GenRecPreTrainedModel(PreTrainedModel):
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
         if not os.path.isdir(pretrained_model_name_or_path):
             kwargs["revision"] = hub["revision"] = _commit(pretrained_model_name_or_path, hub)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("use_safetensors=False asks for weights in a pickle, and grzoo opens none: leave it out")
+        try:
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            message = f"the dense weights of {pretrained_model_name_or_path} are damaged: {error}"
+            raise OSError(message) from error
         model = loaded[0] if output_loading_info else loaded
         if isinstance(process_group, SharedGroup):
             process_group = process_group.group

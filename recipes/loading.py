@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from grzoo.embeddings.engine.checkpoint import verify_checkpoint
+from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.io import load_tables
 from grzoo.models import AutoModelForRetrieval
 from safetensors import safe_open
@@ -23,11 +25,13 @@ def load_model(path: Path, process_group: dist.ProcessGroup | None = None) -> An
 
     Raises:
         UserError: the folder is neither.
+        ValueError: on all ranks, when a file of a checkpoint is missing or damaged (all checksums are compared).
     """
     if (path / "config.json").is_file():
         return AutoModelForRetrieval.from_pretrained(str(path), process_group=process_group).eval()
     if not is_checkpoint(path):
         raise UserError(f"{path} holds no model: give an export folder or a complete checkpoint-N of a training run")
+    verify_checkpoint(path, Exchange(process_group))
     options = checkpoint_state(path)["model_config"]
     config = CONFIG_MAPPING[options["model_type"]].from_dict(options)
     model = AutoModelForRetrieval.from_config(config)

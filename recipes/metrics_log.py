@@ -1,11 +1,14 @@
 """metrics.jsonl: one JSON object a line, the single source of the report, the plots and the tracker."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from .runtime import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -29,15 +32,23 @@ class MetricsLog:
         """Drops lines that a run continuing at `step` will write again: later ones, and all for a new run (step 0)."""
         if self.path is not None:
             kept = [line for line in read_metrics(self.path) if step > 0 and line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary = self.path.with_name(self.path.name + ".tmp")  # killed here, the run keeps its lines
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(self.path)
 
     def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
-        """Appends `values` under "step" and "epoch"; numbers that are not finite become null."""
+        """Appends `values` under "step" and "epoch"; numbers that are not finite become null.
+
+        Where the disk is full a warning says so, and training goes on to the checkpoint before which it has to stop.
+        """
         if self.path is None:
             return
         line = {"step": step, "epoch": round(epoch, 4), **{key: _json_value(value) for key, value in values.items()}}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning("the metrics of step %d are lost: %s", step, error)
         for key, value in values.items():
             if self._writer is not None and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, step)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,10 +19,15 @@ logger = logging.getLogger("grzoo")
 
 _PATIENCE = timedelta(hours=12)  # rank 0 may be downloading and preparing a large log
 USER_ERROR = 2  # exit code of every rank after a user's mistake
+PREEMPTED = 128 + signal.SIGTERM  # exit code of every rank that was told to end, saved and did: not 0, as work is left
 
 
 class UserError(Exception):
     """A mistake in what the user gave: reported as one line, without a traceback."""
+
+
+class Preempted(Exception):
+    """The job was told to end (SIGTERM) and is ready to: reported as one line."""
 
 
 @dataclass
@@ -138,6 +144,10 @@ def run(main: Callable[[Runtime, list[str]], None], argv: list[str] | None = Non
         main(runtime, sys.argv[1:] if argv is None else argv)
         if dist.is_initialized():
             dist.destroy_process_group()
+    except Preempted as reason:
+        runtime.say(str(reason))
+        dist.barrier()  # a launcher ends the other ranks as soon as one has left
+        sys.exit(PREEMPTED)
     except UserError as error:
         logger.debug("caused by", exc_info=error)
         runtime.stop(str(error))

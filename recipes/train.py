@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from grzoo.embeddings.engine.folder import candidates
 from grzoo.recipes.assembly import build_engine, build_loader, build_model, build_model_config
 from grzoo.recipes.dataset_folder import LoadedData, find_or_prepare, has_split, load
 from grzoo.recipes.deepspeed_config import resolve
@@ -24,7 +25,7 @@ from grzoo.recipes.report import metrics_table, write_report
 from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
 from grzoo.recipes.settings import Settings, read_settings
 from grzoo.recipes.summary import describe, versions
-from grzoo.recipes.training import TrainingLoop, checkpoints, total_steps
+from grzoo.recipes.training import TrainingLoop, total_steps
 
 
 def main(runtime: Runtime, argv: list[str]) -> None:
@@ -58,7 +59,8 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     )
     if resume_from:
         with user_errors():
-            runtime.say(f"resumed at step {loop.resume(resume_from)} from {resume_from}")
+            path = loop.resume(resume_from)
+        runtime.say(f"resumed at step {loop.step} from {path}")
     log.start_at(loop.step)
     if loop.step == 0:
         log.write(0, 0.0, {f"popularity/{name}": value for name, value in evaluate.popularity().items()})
@@ -140,7 +142,7 @@ def _checkpoint_to_resume(settings: Settings) -> Path | None:
         return None
     if wanted in ("last", "true", "True"):
         output_dir = Path(settings.training.output_dir or "")
-        return output_dir if checkpoints(output_dir) else None
+        return output_dir if candidates(output_dir) else None
     path = Path(wanted)
     if not path.is_dir():
         raise UserError(f"no checkpoint folder {wanted!r} for --resume_from_checkpoint; 'last' takes the newest")

@@ -1,7 +1,6 @@
 """The training loop: steps until the end, metrics, evaluations and checkpoints when they are due."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,11 +9,13 @@ from typing import Any
 
 from grzoo.data import GlobalStep, StepLoader
 from grzoo.embeddings.engine import GenRecEngine, StepOutput
+from grzoo.embeddings.engine.rotation import rotate
 from tqdm import tqdm
 
 from .arguments import TrainingArguments
 from .metrics_log import MetricsLog
-from .runtime import Runtime, UserError
+from .preemption import Preemption
+from .runtime import Preempted, Runtime, UserError
 
 
 @dataclass
@@ -78,25 +79,32 @@ class TrainingLoop:
         self.engine, self.loader, self.arguments, self.log, self.runtime = engine, loader, arguments, log, runtime
         self.total_steps, self.evaluate, self.identity = total_steps, evaluate, identity
         self.step = 0
+        self.saved_step: int | None = None
+        self.preemption = Preemption(engine.exchange)
         self.last_evaluation: tuple[int, dict[str, float]] | None = None
 
-    def resume(self, folder: Path) -> int:
-        """Continues from a checkpoint, written by any number of ranks; returns its step."""
+    def resume(self, folder: Path) -> Path:
+        """Continues from a checkpoint, or the newest complete one in `folder`, of any number of ranks; says which."""
         path, state = self.engine.load_checkpoint(folder)
         if "loader" not in state:
             raise UserError(f"{path} was not written by this recipe: it holds no position in the data")
         self.loader.load_state_dict(state["loader"])
-        self.step = int(state["step"])
-        return self.step
+        self.step = self.saved_step = int(state["step"])
+        return path
 
     def run(self) -> None:
-        """Trains until `total_steps`."""
+        """Trains until `total_steps`, and saves.
+
+        Raises:
+            Preempted: on all ranks, when one was told to end (SIGTERM); the step in progress was finished and saved.
+            UserError: on all ranks, when a checkpoint could not be written.
+        """
         # tqdm's None: hidden where there is no terminal.
         hide = True if not self.runtime.is_main or self.arguments.disable_tqdm else None
-        with tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hide) as bar:
+        with self.preemption, tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hide) as bar:
             while self.step < self.total_steps:
                 self._run_epoch(bar)
-        self._save_final()
+            self._save_last()
 
     def _run_epoch(self, bar: Any) -> None:
         meter, waiting = Meter(), time.perf_counter()
@@ -114,6 +122,8 @@ class TrainingLoop:
                 meter.began += self._evaluate(bar)
             if self._saves(ends_epoch):
                 meter.began += self._save()
+            if self.preemption.is_due():
+                self._leave()
             if self.step == self.total_steps:
                 return
             waiting = time.perf_counter()
@@ -175,15 +185,29 @@ class TrainingLoop:
         assert self.arguments.output_dir is not None
         folder = Path(self.arguments.output_dir)
         state = {**self.identity, "loader": self.loader.state_dict(), "step": self.step}
-        self.engine.save_checkpoint(folder, tag=f"checkpoint-{self.step}", client_state=state)
+        try:
+            path = self.engine.save_checkpoint(folder, tag=f"checkpoint-{self.step}", client_state=state)
+        except OSError as error:
+            raise UserError(f"cannot write checkpoint-{self.step}: {error}; {self._what_is_left(folder)}") from error
+        self.saved_step = self.step
         if self.runtime.is_main:
-            delete_old_checkpoints(folder, self.arguments.save_total_limit)
+            rotate(path, self.arguments.save_total_limit)
         return time.perf_counter() - began
 
-    def _save_final(self) -> None:
-        folder = Path(self.arguments.output_dir or "")
-        if self.arguments.save_strategy != "no" and not (folder / f"checkpoint-{self.step}").exists():
+    def _what_is_left(self, folder: Path) -> str:
+        if self.saved_step is None:
+            return f"{folder} holds no checkpoint of this run: make room and start again"
+        return f"checkpoint-{self.saved_step} is intact: make room and continue with --resume_from_checkpoint last"
+
+    def _save_last(self) -> None:
+        if self.arguments.save_strategy != "no" and self.saved_step != self.step:
             self._save()
+
+    def _leave(self) -> None:
+        self._save_last()
+        if self.arguments.save_strategy == "no":
+            raise Preempted(f"told to end after step {self.step}; nothing was saved, as save_strategy=no asks")
+        raise Preempted(f"told to end: saved checkpoint-{self.step}; continue with --resume_from_checkpoint last")
 
 
 def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
@@ -192,15 +216,3 @@ def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
         return arguments.max_steps
     # Rounded first: 1.1 epochs of 10 steps are 11.000000000000002 in floating point.
     return math.ceil(round(arguments.num_train_epochs * steps_per_epoch, 6))
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The `checkpoint-N` folders, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def delete_old_checkpoints(folder: Path, limit: int) -> None:
-    """Keeps the newest `limit` checkpoints; 0 keeps all."""
-    for path in checkpoints(folder)[:-limit] if limit > 0 else []:
-        shutil.rmtree(path)

@@ -11,8 +11,9 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
-# Spawned ranks import their jobs by name: `from spawn import spawn` and tests/distributed/*_jobs.py work everywhere.
-sys.path.append(str(Path(__file__).parent / "distributed"))
+# Spawned ranks import their jobs by name: `from spawn import spawn`, tests/distributed/*_jobs.py and the parts of
+# tests/faults work everywhere.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "faults")]
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.files import Fingerprint, write_text
-from grzoo.embeddings.io import load_tables, save_tables
+from grzoo.embeddings.io import INDEX_NAME, load_tables, save_tables
+from safetensors import SafetensorError
 
 from grzoo import __version__
 
@@ -57,8 +58,7 @@ def load_checkpoint(engine: "GenRecEngine", load_dir: Path, tag: str | None) -> 
     target = find_checkpoint(load_dir, tag, exchange)
     state = _together(exchange, lambda: _read_state(target))
     dense = DenseState(engine.deepspeed)
-    _together(exchange, lambda: check_training_state(engine, state, target))
-    _together(exchange, lambda: check_dense(dense, target, state["dense"]))
+    _together(exchange, lambda: _check_fits(engine, dense, target, state))
     load_tables(engine.collection, target, state=True)
     dense.create_states(state["dense"]["states"], state["dense"]["scalars"])
     load_dense(dense, target, exchange)
@@ -74,12 +74,14 @@ def find_checkpoint(load_dir: Path, tag: str | None, exchange: Exchange) -> Path
     Raises:
         ValueError: on every rank, when there is none, or the one that is named is damaged.
     """
-    named = tag is not None or (load_dir / folders.COMPLETE).exists()
-    paths = [load_dir / tag if tag is not None else load_dir] if named else folders.candidates(load_dir)
+    named = tag is not None
+    names = [tag or ""] if named else _from_first(exchange, lambda: _candidate_names(load_dir))
+    if names == [""]:
+        named = True
     damage: list[str] = []
-    for path in paths:
+    for path in [load_dir / name for name in names]:
         try:
-            _verify(exchange, path)
+            verify_checkpoint(path, exchange)
         except ValueError as error:
             damage.append(str(error))
             continue
@@ -92,15 +94,40 @@ def find_checkpoint(load_dir: Path, tag: str | None, exchange: Exchange) -> Path
     raise ValueError(f"no complete checkpoint in {load_dir}: {detail}")
 
 
-def _verify(exchange: Exchange, path: Path) -> None:
+def _candidate_names(load_dir: Path) -> list[str]:
+    if (load_dir / folders.COMPLETE).exists():
+        return [""]  # the folder itself
+    return [path.name for path in folders.candidates(load_dir)]
+
+
+def verify_checkpoint(path: Path, exchange: Exchange) -> None:
+    """Compares all files of a checkpoint with their checksums, each rank a part of them. Collective.
+
+    Raises:
+        ValueError: on every rank, naming what is missing or damaged.
+    """
     files = _together(exchange, lambda: folders.read_seal(path))
     mine = sorted(files)[exchange.rank :: exchange.world_size]
 
     def check() -> None:
+        for name in (STATE, INDEX_NAME):
+            if name not in files:
+                raise ValueError(f"{path} is damaged: its {folders.COMPLETE} does not list {name}")
         for name in mine:
             folders.check_file(path, name, files[name])
+        sealed, saved = folders.sealed_step(path), _steps(_read_state(path))
+        if sealed != saved:
+            raise ValueError(f"{path} is damaged: {folders.COMPLETE} is of step {sealed}, {STATE} of step {saved}")
 
     _together(exchange, check)
+
+
+def _check_fits(engine: "GenRecEngine", dense: DenseState, target: Path, state: dict[str, Any]) -> None:
+    try:
+        check_training_state(engine, state, target)
+        check_dense(dense, target, state["dense"])
+    except (KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
+        raise ValueError(f"{target} is not a checkpoint that this grzoo can read: {error!r}") from error
 
 
 def _encode_state(engine: "GenRecEngine", tag: str, client_state: Mapping[str, Any]) -> str:
@@ -131,6 +158,11 @@ def _read_state(target: Path) -> dict[str, Any]:
     return state
 
 
+def _steps(state: dict[str, Any]) -> Any:
+    counters = state.get("counters")
+    return counters.get("global_steps") if isinstance(counters, dict) else None
+
+
 def _visible(temporary: Path) -> Path:
     if not temporary.is_dir():
         raise ValueError(
@@ -145,6 +177,13 @@ def _of_all_ranks(exchange: Exchange, files: dict[str, Fingerprint]) -> dict[str
     for part in exchange.gather_ints(list(json.dumps(files).encode())):
         merged |= json.loads(bytes(part))
     return merged
+
+
+def _from_first(exchange: Exchange, work: Callable[[], list[str]]) -> list[str]:
+    """What `work` finds on rank 0, for all ranks: they may see a shared folder in different states."""
+    found = _together(exchange, lambda: work() if exchange.rank == 0 else [])
+    names: list[str] = json.loads(bytes(exchange.gather_ints(list(json.dumps(found).encode()))[0]))
+    return names
 
 
 def _together(exchange: Exchange, work: Callable[[], T]) -> T:

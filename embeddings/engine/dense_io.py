@@ -51,7 +51,7 @@ def save_dense(
             file = f"dense-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             try:
                 files[file] = save_tensors(folder / file, tensors)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the other ranks are waiting to gather
                 problem = error
     exchange.agree(problem)
     return files

@@ -143,6 +143,36 @@ def test_plan_cuts_at_buckets_and_ignores_empty_ones() -> None:
     assert plan[3].file == "embeddings-00004-of-00004.safetensors"
 
 
+def test_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    tables, _optimizer = trained(10)
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "0123", tmp_path / "models--x" / "blobs"
+    save_tables(tables, snapshot, state=False)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.symlink_to(file.rename(blobs / str(number)))
+    other = build()
+    load_tables(other, snapshot)
+    assert torch.equal(other.export_rows("item")["rows"], tables.export_rows("item")["rows"])
+
+
+def test_a_save_that_dies_over_an_older_one_leaves_nothing_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the old index would speak of new shards."""
+    tables, _optimizer = trained(50)
+    save_tables(tables, tmp_path, state=False, max_shard_bytes=300)
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grzoo.embeddings.io._publish", dies)
+        with pytest.raises(KeyboardInterrupt):
+            save_tables(trained(60)[0], tmp_path, state=False, max_shard_bytes=300)
+    with pytest.raises(ValueError, match="missing"):
+        load_tables(build(), tmp_path)
+
+
 # ---------------------------------------------------------------------- refusals
 
 
@@ -181,6 +211,16 @@ def drop_row(content: dict[str, Tensor]) -> None:
     content["item.exp_avg"] = content["item.exp_avg"][1:].clone()
 
 
+def link_out(file: Path) -> None:
+    """The same bytes, but somewhere else."""
+    file.symlink_to(file.rename(file.parents[1] / "elsewhere.safetensors"))
+
+
+def claim(file: Path, header_bytes: int) -> None:
+    """A header that says it is this long."""
+    file.write_bytes(header_bytes.to_bytes(8, "little") + file.read_bytes()[8:])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -194,6 +234,18 @@ def drop_row(content: dict[str, Tensor]) -> None:
         (damage_index(rows={"item": 9, "user": 10, "empty": 0}), "should have 9 rows, its shards hold 303"),
         (lambda folder: next(folder.glob("*-of-*")).unlink(), "cannot load tables"),
         (lambda folder: next(folder.glob("*-of-*")).write_bytes(b"no"), "cut short or no safetensors"),
+        (lambda folder: (folder / INDEX_NAME).write_text("[" * 10**6), "not an index"),
+        (damage_index(shards=[{"file": "../embeddings-00001-of-00001.safetensors"}]), "names '../emb.* as a shard"),
+        (damage_index(shards=[{"file": "/etc/hostname"}]), "names '/etc/hostname' as a shard"),
+        (damage_index(shards=[{"file": 7}]), "names 7 as a shard"),
+        (damage_index(shards=[{}]), "not an index"),
+        (damage_index(shards=[[1]]), "not an index"),
+        (damage_index(tables=7), "cannot load tables"),
+        (damage_index(optimizer=[]), "cannot load tables|optimizer: the files"),
+        (damage_index(rows=None), "cannot load tables"),
+        (lambda folder: link_out(next(folder.glob("*-of-*"))), "is a link to .* outside of"),
+        (lambda folder: claim(next(folder.glob("*-of-*")), 2**60), "a header of 1152921504606846976"),
+        (lambda folder: claim(next(folder.glob("*-of-*")), 2**63 + 5), "a header of 9223372036854775813"),
         (damage_shard(swap_ids), "out of order"),
         (damage_shard(repeat_id), "repeated"),
         (damage_shard(shift_offsets), "lead from 0 to 303 rows"),
@@ -203,6 +255,7 @@ def drop_row(content: dict[str, Tensor]) -> None:
 )
 def test_s22_damage_is_refused_and_the_tables_stay(tmp_path: Path, damage: Any, message: str) -> None:
     tables, _optimizer = trained()
+    tmp_path = tmp_path / "saved"
     save_tables(tables, tmp_path, state=True)
     damage(tmp_path)
     other = build()

@@ -127,3 +127,37 @@ def test_saved_files_obey_the_umask(micro_model, tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert len(modes) == 2 and set(modes.values()) == {plain.stat().st_mode & 0o777}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.pt", "model.pkl"])
+def test_a_pickle_in_the_folder_is_never_opened(trained, tmp_path, name):
+    trained.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    opened, watching = [], True
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if watching and event == "open" else None)
+    assert_equal_models(AutoModelForRetrieval.from_pretrained(tmp_path), trained)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        AutoModelForRetrieval.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="grzoo opens none"):
+        AutoModelForRetrieval.from_pretrained(tmp_path, use_safetensors=False)
+    watching = False
+    assert str(tmp_path / "config.json") in opened and not any(path.endswith(name) for path in opened)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", (2**60).to_bytes(8, "little") + b"{}"])
+def test_damaged_dense_weights_are_refused(trained, tmp_path, content):
+    trained.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises((OSError, RuntimeError), match="damaged|missing"):
+        AutoModelForRetrieval.from_pretrained(tmp_path)
+
+
+def test_a_save_that_dies_over_an_older_one_leaves_nothing_that_loads(trained, tmp_path, monkeypatch):
+    """Otherwise new dense weights would go with old tables."""
+    trained.save_pretrained(tmp_path)
+    monkeypatch.setattr("grzoo.models.base.save_tables", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trained.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="tables of the model are missing"):
+        AutoModelForRetrieval.from_pretrained(tmp_path)

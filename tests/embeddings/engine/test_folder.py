@@ -1,5 +1,8 @@
 """Law 3: a checkpoint folder is complete or absent."""
 
+import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +68,22 @@ def test_killed_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         patch.setattr(folders.shutil, "rmtree", killing(folders.shutil.rmtree))
         with pytest.raises(KeyboardInterrupt):
             write(target, {"a": "new"})
-    (found,) = folders.candidates(tmp_path)
-    check(found)
+    newest = folders.candidates(tmp_path)[0]
+    check(newest)
+    assert (newest / "a").read_text() == ("new\n" if killed_at == 3 else "old\n")
     write(target, {"a": "newer"})
-    assert folders.candidates(tmp_path) == [target] and (target / "a").read_text() == "newer\n"
+    assert folders.candidates(tmp_path) == [target]
+    assert (target / "a").read_text() == "newer\n"
 
 
 def test_newest_first(tmp_path: Path) -> None:
     for step in (9, 100, 20):
         write(tmp_path / f"checkpoint-{step}", {"a": "x"})
     assert [path.name for path in folders.candidates(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
+
+
+def seal(target: Path, files: Any) -> None:
+    (target / folders.COMPLETE).write_text(json.dumps({"format_version": 1, "step": 1, "files": files}))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +98,19 @@ def test_newest_first(tmp_path: Path) -> None:
         (lambda t: (t / "a.safetensors").write_text("on"), "2 bytes instead of 4"),
         (lambda t: (t / "a.safetensors").write_text("onf\n"), "checksum of a.safetensors"),
         (lambda t: (t / "more.safetensors").write_text("x"), "more.safetensors, which is not part of it"),
+        (lambda t: (t / "more.json").write_text("x"), "more.json, which is not part of it"),
+        (lambda t: (t / "b").unlink() or (t / "b").mkdir(), "b is missing"),
+        (lambda t: (t / "b").rename(t.parent / "b") and (t / "b").symlink_to("../b"), "b is a link"),
+        (lambda t: (t / "b").unlink() or (t / "b").symlink_to("b"), "b is a link"),
+        (lambda t: (t / folders.COMPLETE).write_text("[" * 10**6), "not valid JSON"),
+        (lambda t: (t / folders.COMPLETE).write_bytes(b"\xff"), "not valid JSON"),
+        (lambda t: seal(t, ["a.safetensors"]), "plain names"),
+        (lambda t: seal(t, {"..": {}}), "plain names"),
+        (lambda t: seal(t, {"": {}}), "plain names"),
+        (lambda t: seal(t, {"/etc/hostname": {}}), "plain names"),
+        (lambda t: seal(t, {"a.safetensors": 3}), "no size and checksum of a.safetensors"),
+        (lambda t: seal(t, {"a.safetensors": {"size": 4}}), "checksum of a.safetensors"),
+        (lambda t: seal(t, {"a.safetensors": {"size": 2**60}}), f"4 bytes instead of {2**60}"),
     ],
 )
 def test_damage_is_found(tmp_path: Path, damage: Any, message: str) -> None:
@@ -97,3 +119,40 @@ def test_damage_is_found(tmp_path: Path, damage: Any, message: str) -> None:
     damage(target)
     with pytest.raises(ValueError, match=message):
         check(target)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "scheduler.pkl", "notes.txt"])
+def test_files_of_other_kinds_are_never_opened(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "checkpoint-1"
+    write(target, {"a.safetensors": "one"})
+    (target / name).write_bytes(b"\x80\x04.")
+    opened: list[str] = []
+    watching = True
+    sys.addaudithook(lambda event, args: opened.append(os.fspath(args[0])) if watching and event == "open" else None)
+    check(target)
+    watching = False
+    assert str(target / "a.safetensors") in opened and str(target / name) not in opened
+
+
+def test_new_folders_above_a_checkpoint_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(folders, "flush", flushed.append)
+    folders.start(tmp_path / "a" / "b" / "checkpoint-1")
+    assert flushed == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+
+
+def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "checkpoint-1"
+    write(target, {"a": "old"})
+    original = Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        if path.suffix == ".incomplete":
+            raise OSError(28, "No space left on device")
+        return original(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="No space"):
+        write(target, {"a": "new"})
+    check(target)
+    assert (target / "a").read_text() == "old\n"
