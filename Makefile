@@ -12,7 +12,7 @@ PORT ?= 29517
 export PATH := $(abspath $(RUN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow sanitize lint clean-demo
+.PHONY: setup demo test test-slow faults sanitize lint clean-demo
 
 setup: $(STAMP)
 
@@ -35,7 +35,13 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not slow"
 
 test-slow: $(STAMP)
-	$(RUN)/python -m pytest -q -m slow
+	$(RUN)/python -m pytest -q -m slow --ignore tests/faults --ignore tests/distributed/test_elastic.py
+
+# Crashes at every file operation, SIGKILLs of training, random damages, all layouts: about half an hour on two cores.
+# Another seed of the damages: make GRZOO_FAULTS_SEED=7 faults
+faults: $(STAMP)
+	GRZOO_FAULTS_RESULTS=$(abspath recipes/benchmark/results/faults.csv) OMP_NUM_THREADS=1 \
+	    $(RUN)/python -m pytest -q -m slow tests/faults tests/distributed/test_elastic.py
 
 # Fuzzes the C++ of the tables under AddressSanitizer and ThreadSanitizer.
 sanitize: $(STAMP)

@@ -35,8 +35,8 @@ def save_checkpoint(engine: "GenRecEngine", save_dir: Path, tag: str, client_sta
     exchange = engine.exchange
     target = save_dir / tag
     state = _together(exchange, lambda: _encode_state(engine, tag, client_state))
-    _together(exchange, lambda: folders.start(target) if exchange.rank == 0 else None)
     try:
+        _together(exchange, lambda: folders.start(target) if exchange.rank == 0 else None)
         temporary = _together(exchange, lambda: _visible(folders.temporary_path(target)))
         files = save_dense(DenseState(engine.deepspeed), temporary, exchange)
         files |= save_tables(engine.collection, temporary, state=True)

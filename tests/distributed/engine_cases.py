@@ -34,6 +34,9 @@ OPTIMIZERS = {
         dense=("SGD", {"lr": 0.02, "momentum": 0.9}), sparse=("SGD", {"lr": 0.1, "momentum": 0.5}), negatives="shared"
     ),
     "adagrad": Recipe(dense=("Adagrad", {"lr": 0.01}), sparse=("RowwiseAdagrad", {"lr": 0.05}), clipping=0.5),
+    "plain_sgd": Recipe(dense=("SGD", {"lr": 0.02}), sparse=("SGD", {"lr": 0.1})),
+    "full_adagrad": Recipe(sparse=("Adagrad", {"lr": 0.05, "initial_accumulator_value": 0.1})),
+    "adam": Recipe(dense=("Adam", {"lr": 2e-3}), sparse=("Adam", {"lr": 5e-3, "step_mode": "global"})),
 }
 
 

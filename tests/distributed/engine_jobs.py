@@ -15,6 +15,7 @@ from grzoo.data.negatives import SharedNegatives, UniformNegatives
 from grzoo.data.sampler import GlobalBatchSampler
 from grzoo.embeddings import (
     SparseAdagrad,
+    SparseAdam,
     SparseAdamW,
     SparseOptimizer,
     SparseRowwiseAdagrad,
@@ -25,11 +26,12 @@ from grzoo.models import HSTUConfig, HSTUForRetrieval
 USERS, ITEMS, GLOBAL_BATCH, MAX_LENGTH = 40, 90, 12, 20
 SPARSE: dict[str, Callable[..., SparseOptimizer]] = {
     "AdamW": SparseAdamW,
+    "Adam": SparseAdam,
     "Adagrad": SparseAdagrad,
     "RowwiseAdagrad": SparseRowwiseAdagrad,
     "SGD": SparseSGD,
 }
-DENSE = {"AdamW": torch.optim.AdamW, "Adagrad": torch.optim.Adagrad, "SGD": torch.optim.SGD}
+DENSE = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "Adagrad": torch.optim.Adagrad, "SGD": torch.optim.SGD}
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def test_a_save_that_dies_over_an_older_one_leaves_nothing_that_loads(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("grzoo.embeddings.io._publish", dies)
+        patch.setattr("grzoo.embeddings.saving._publish", dies)
         with pytest.raises(KeyboardInterrupt):
             save_tables(trained(60)[0], tmp_path, state=False, max_shard_bytes=300)
     with pytest.raises(ValueError, match="missing"):
