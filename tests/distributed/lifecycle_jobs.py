@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from grzoo.embeddings import saving
 from grzoo.embeddings.engine import GenRecEngine
 from grzoo.embeddings.engine import checkpoint as checkpoints
 from grzoo.recipes.runtime import Preempted, Runtime, UserError
@@ -131,11 +132,12 @@ def check_disk_full(job: Job, expected: dict[int, float]) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for culprit, function in ((0, "write_text"), (job.runtime.world_size - 1, "fingerprint")):
+    last = job.runtime.world_size - 1
+    for culprit, module, function in ((0, checkpoints.folders, "write_text"), (last, saving, "_table_rows")):
 
-        def fill(step: int, culprit: int = culprit, function: str = function) -> None:
+        def fill(step: int, culprit: int = culprit, module: Any = module, function: str = function) -> None:
             if step == 4 and job.runtime.rank == culprit:
-                patch.setattr(checkpoints.folders, function, full)
+                patch.setattr(module, function, full)
 
         job.at_step = fill
         with pytest.MonkeyPatch.context() as patch:
