@@ -41,7 +41,7 @@ class Tally:
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, folder: Path, world_size: int, options: list[str], name: str) -> None:
+    def __init__(self, folder: Path, data: Path, world_size: int, options: list[str], name: str) -> None:
         self.output_dir = folder / "out"
         self.losses_file = folder / f"losses-{name}"
         self.output = (folder / f"output-{name}").open("w")
@@ -52,7 +52,7 @@ class Ranks:
         environment |= {"GRZOO_LOSSES": str(self.losses_file), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(world_size)}
         words = [sys.executable, str(Path(__file__).with_name("train_job.py")), *MICRO, *options]
-        words += ["--output_dir", str(self.output_dir), "--dataset_dir", str(folder.parent / "data")]
+        words += ["--output_dir", str(self.output_dir), "--dataset_dir", str(data)]
         words += ["--resume_from_checkpoint", "last"]
         self.processes = [
             subprocess.Popen(
@@ -149,15 +149,22 @@ def look(ranks: Ranks, expected: dict[int, float], tally: Tally, had_one: bool) 
 
 
 def kill_and_resume(
-    folder: Path, expected: dict[int, float], *, kills: int, world_sizes: list[int], options: list[str], seed: int
+    folder: Path,
+    data: Path,
+    expected: dict[int, float],
+    *,
+    kills: int,
+    world_sizes: list[int],
+    options: list[str],
+    seed: int,
 ) -> Tally:
-    """Kills runs in `folder` so often, on so many ranks in turn, each going on where a complete checkpoint is."""
+    """Kills runs on the dataset folder `data` so often, on so many ranks in turn, each going on where a complete checkpoint is."""
     tally, rng = Tally(), random.Random(seed)
     attempt, round_, had_one = 0, 0, False
     while True:
         home = folder / f"round-{round_}"
         home.mkdir(parents=True, exist_ok=True)
-        ranks = Ranks(home, world_sizes[attempt % len(world_sizes)], options, str(attempt))
+        ranks = Ranks(home, data, world_sizes[attempt % len(world_sizes)], options, str(attempt))
         was_killed = tally.kills < kills and strike(ranks, rng, tally, longest=4.0)
         if not was_killed:
             assert ranks.wait() and not any(ranks.exit_codes()), Path(ranks.output.name).read_text()[-5000:]

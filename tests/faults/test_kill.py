@@ -29,7 +29,7 @@ def expected(folder: Path) -> dict[int, float]:
     """The losses of the run that nobody kills, on two ranks."""
     home = folder / "whole"
     home.mkdir()
-    ranks = Ranks(home, 2, OPTIONS, "0")
+    ranks = Ranks(home, folder / "data", 2, OPTIONS, "0")
     assert ranks.wait() and ranks.exit_codes() == [0, 0], Path(ranks.output.name).read_text()[-5000:]
     losses = ranks.losses()
     assert sorted(losses) == list(range(1, 301))
@@ -40,7 +40,9 @@ def test_killed_runs_of_two_ranks_are_the_uninterrupted_one_bit_for_bit(
     folder: Path, expected: dict[int, float]
 ) -> None:
     begin = time.monotonic()
-    tally = kill_and_resume(folder / "same", expected, kills=22, world_sizes=[2], options=OPTIONS, seed=1)
+    tally = kill_and_resume(
+        folder / "same", folder / "data", expected, kills=22, world_sizes=[2], options=OPTIONS, seed=1
+    )
     report(
         "SIGKILL, 2 ranks",
         events=tally.kills,
@@ -56,7 +58,9 @@ def test_killed_runs_of_two_ranks_are_the_uninterrupted_one_bit_for_bit(
 
 def test_killed_runs_go_on_with_other_numbers_of_ranks(folder: Path, expected: dict[int, float]) -> None:
     begin = time.monotonic()
-    tally = kill_and_resume(folder / "other", expected, kills=4, world_sizes=[2, 1, 3], options=SHORT, seed=2)
+    tally = kill_and_resume(
+        folder / "other", folder / "data", expected, kills=4, world_sizes=[2, 1, 3], options=SHORT, seed=2
+    )
     report(
         "SIGKILL, 2 -> 1 -> 3 ranks",
         events=tally.kills,
