@@ -158,7 +158,7 @@ def kill_and_resume(
     options: list[str],
     seed: int,
 ) -> Tally:
-    """Kills runs on the dataset folder `data` so often, on so many ranks in turn, each going on where a complete checkpoint is."""
+    """Kills runs on the dataset `data` so often, on so many ranks in turn, each going on from a complete checkpoint."""
     tally, rng = Tally(), random.Random(seed)
     attempt, round_, had_one = 0, 0, False
     while True:
