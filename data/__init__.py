@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .balancing import MicroBatchPlan, bin_costs, partition, plan_micro_batches, token_cost
+from .batch_sampler import BalancedBatchSampler
 from .catalogue import Catalogue
 from .collator import EvalCollator, GenRecCollator, GlobalStep, MicroBatch
 from .dataset import EventDataset, JaggedRows
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .processor import GenRecProcessor
 
 __all__ = [
+    "BalancedBatchSampler",
     "Catalogue",
     "DatasetSchema",
     "EvalCollator",

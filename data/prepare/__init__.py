@@ -10,13 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from . import amazon, event_log, movielens, synthetic
+from .append import HistoryStore, append_day, days
 from .config import PrepareConfig
 from .log import EventLog, GroupedLog, group, k_core
 from .report import Report, card, report_of
 from .splits import Split, split_log
 from .writer import check_free, new_folder, schema_of, train_counts, write_items, write_splits
 
-__all__ = ["EventLog", "PrepareConfig", "Report", "names", "prepare", "prepare_log"]
+__all__ = [
+    "EventLog",
+    "HistoryStore",
+    "PrepareConfig",
+    "Report",
+    "append_day",
+    "days",
+    "names",
+    "prepare",
+    "prepare_log",
+]
 
 _COMMON = frozenset({"source", "overwrite", "split", "validation", "cutoff", "test_fraction", "k_core", "id_mapping"})
 _Reader = Callable[[PrepareConfig], EventLog]

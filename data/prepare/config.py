@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-SPLITS = ("leave_one_out", "temporal")
+SPLITS = ("leave_one_out", "temporal", "none")
 VALIDATIONS = ("none", "last")
 TIMESTAMP_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
@@ -23,7 +23,8 @@ class PrepareConfig:
     source: str | None = _option(None, "File or folder of the raw data; default: the official download.")
     overwrite: bool = _option(False, "Replace a dataset folder that exists.")
     split: str = _option(
-        "leave_one_out", "leave_one_out (last event of each user) or temporal (a cutoff for all users)."
+        "leave_one_out",
+        "leave_one_out (last event of each user), temporal (a cutoff for all users) or none (all is train).",
     )
     validation: str = _option("none", "none, or last: hold out what precedes the test events in the same way.")
     cutoff: int | None = _option(None, "temporal: events from this time on (seconds since 1970) are test events.")

@@ -32,6 +32,8 @@ class Split:
 
 def split_log(grouped: GroupedLog, config: PrepareConfig) -> Split:
     """Split a grouped log as `config` says."""
+    if config.split == "none":
+        return Split({"train": _train(grouped.lengths)}, {"kind": "none"}, ())
     return leave_one_out(grouped, config.validation) if config.split == "leave_one_out" else temporal(grouped, config)
 
 

@@ -85,7 +85,7 @@ def write_splits(folder: Path, grouped: GroupedLog, split: Split) -> None:
         shards = _cut(rows.length, EVENTS_PER_SHARD)
         for number, (first, last) in enumerate(shards):
             path = folder / "data" / f"{name}-{number:05d}-of-{len(shards):05d}.parquet"
-            _write_shard(path, grouped, SplitRows(*(values[first:last] for values in _columns(rows))))
+            write_shard(path, grouped, SplitRows(*(values[first:last] for values in _columns(rows))))
 
 
 def _columns(rows: SplitRows) -> tuple[Int64, Int64, Int64]:
@@ -100,7 +100,8 @@ def _cut(lengths: Int64, events: int) -> list[tuple[int, int]]:
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
-def _write_shard(path: Path, grouped: GroupedLog, rows: SplitRows) -> None:
+def write_shard(path: Path, grouped: GroupedLog, rows: SplitRows) -> None:
+    """Write the rows of a split as one Parquet file."""
     writer: pq.ParquetWriter | None = None
     try:
         for first, last in _cut(rows.length, EVENTS_PER_ROW_GROUP):

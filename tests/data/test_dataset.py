@@ -142,6 +142,34 @@ def test_missing_splits_and_shards_and_broken_files(tmp_path: Path) -> None:
         EventDataset.from_folder(tmp_path / "nowhere")
 
 
+def test_shards_that_differ_from_each_other(tmp_path: Path) -> None:
+    write(tmp_path, ROWS, shards=2)
+    shard = tmp_path / "data" / "train-00001-of-00002.parquet"
+    table = pq.read_table(shard)
+    times = table.column_names.index("timestamp")
+    drifted = {
+        r"lacks the columns \['timestamp'\]": table.drop_columns(["timestamp"]),
+        "train-00001.*row group 0, does not fit schema.json": table.set_column(
+            times, "timestamp", pa.array([[float("nan")] * len(x) for x in table["item_id"].to_pylist()])
+        ),
+        "train-00001.*does not fit": table.set_column(times, "timestamp", pa.array([1] * len(table))),
+    }
+    for message, changed in drifted.items():
+        pq.write_table(changed, shard)
+        with pytest.raises(ValueError, match=message):
+            EventDataset.from_folder(tmp_path)
+    wider = table.append_column("more", pa.array([[0]] * len(table)))
+    pq.write_table(wider.select(wider.column_names[::-1]), shard)
+    assert EventDataset.from_folder(tmp_path).rows([0, 1, 2, 3])["item_id"].tolist() == sum(ROWS["item_id"], [])
+
+
+def test_an_empty_shard_adds_no_row(tmp_path: Path) -> None:
+    write(tmp_path, ROWS, shards=2)
+    shard = tmp_path / "data" / "train-00001-of-00002.parquet"
+    pq.write_table(pq.read_table(shard).slice(0, 0), shard)
+    assert len(EventDataset.from_folder(tmp_path)) == 2
+
+
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(writer, "EVENTS_PER_SHARD", 50)
