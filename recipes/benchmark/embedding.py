@@ -15,10 +15,15 @@ lesser ratio of both exponents. `lookup_vs_index_select` does so for an evaluati
 over one. Growth: an empty table of width 16 takes 100,000 new ids a step; `growth_longest_pause_ms` is its slowest one,
 `growth_bytes_per_row` what it takes beyond rows and state, which are its payload.
 
+`--quick` measures 1M rows of width 64, the full run 1M and 4M rows of width 64 and 128 (it needs 20 GB) and growth to
+50M; the figures of the last line are those of the first size. The CSV names threads and the settings of the allocator.
+
 Times are wall times; on a machine that is shared `--clock cpu` counts the time of this process alone (one thread only).
 """
 
 import argparse
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -150,6 +155,17 @@ def fbgemm_step(rows: int, dim: int, rule: str) -> Step | None:
 
 
 # ---- measurements ----
+
+
+def allocator() -> str:
+    """Return what is set of malloc and of huge pages: they move these figures."""
+    names = ("LD_PRELOAD", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "MALLOC_CONF")
+    chosen = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+    try:
+        pages = re.findall(r"\[(\w+)\]", Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
+    except OSError:
+        pages = ["unknown"]
+    return " ".join([*(chosen or ["malloc of the system"]), f"huge pages {pages[0]}"])
 
 
 def interleave(
@@ -286,11 +302,33 @@ def ratio(measured: list[dict[str, float]], baselines: Sequence[str]) -> float:
     return round(min(min(m[b] for b in baselines if b in m) / m["grzoo"] for m in measured), 2)
 
 
+def one_size(
+    rows: int, dim: int, batches: dict[float, list[Tensor]], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return the CSV rows and the figures of training and evaluation with tables of one size."""
+    baselines = ("nn_embedding", "unique_rows", "fbgemm")
+    figures: dict[str, float] = {}
+    found: list[dict[str, Any]] = []
+    for rule in ("rowwise_adagrad", "adam"):
+        measured = []
+        for new, medians in training(rule, rows, dim, batches, options):
+            found += new
+            measured.append(medians)
+        figures[f"{rule}_vs_best_static"] = ratio(measured, baselines)
+        if all("grzoo_two_threads" in m for m in measured):
+            figures["two_threads_vs_one"] = round(min(m["grzoo"] / m["grzoo_two_threads"] for m in measured), 2)
+    measured = []
+    for new, medians in evaluation(rows, dim, batches, options):
+        found += new
+        measured.append(medians)
+    return found, figures | {"lookup_vs_index_select": ratio(measured, ("index_select",))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: few rounds, growth to 1M rows")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--rows", type=int, nargs="+", default=None)
+    parser.add_argument("--dim", type=int, nargs="+", default=None)
     parser.add_argument("--ids", type=int, default=100_000, help="ids of a batch")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--growth_rows", type=int, default=None)
@@ -301,26 +339,18 @@ def main() -> None:
     options.rounds = options.rounds or (7 if options.quick else 50)
     growth_rows = options.growth_rows or (1_000_000 if options.quick else 50_000_000)
     torch.set_num_threads(options.threads)
-    batches = {e: zipf_batches(options.rows, options.ids, e, min(options.rounds, 10)) for e in (1.05, 1.2)}
-    baselines = ("nn_embedding", "unique_rows", "fbgemm")
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for rule in ("rowwise_adagrad", "adam"):
-        measured = []
-        for new, medians in training(rule, options.rows, options.dim, batches, options):
+    for count in options.rows or ([1_000_000] if options.quick else [1_000_000, 4_000_000]):
+        batches = {e: zipf_batches(count, options.ids, e, min(options.rounds, 10)) for e in (1.05, 1.2)}
+        for dim in options.dim or ([64] if options.quick else [64, 128]):
+            new, found = one_size(count, dim, batches, options)
             rows += new
-            measured.append(medians)
-        figures[f"{rule}_vs_best_static"] = ratio(measured, baselines)
-        if all("grzoo_two_threads" in m for m in measured):
-            figures["two_threads_vs_one"] = round(min(m["grzoo"] / m["grzoo_two_threads"] for m in measured), 2)
-    measured = []
-    for new, medians in evaluation(options.rows, options.dim, batches, options):
-        rows += new
-        measured.append(medians)
-    figures["lookup_vs_index_select"] = ratio(measured, ("index_select",))
+            figures = figures or found
     grown, growth_figures = growth(growth_rows, options)
     blank = {"longest_ms": "", "overhead_bytes_per_row": "", "find_ns_per_id": ""}
-    write_rows([row | blank for row in rows] + grown, options.output)
+    settings = {"allocator": allocator()}
+    write_rows([row | blank | settings for row in rows] + [row | settings for row in grown], options.output)
     print_headline(figures | growth_figures | {"threads": options.threads, "clock": options.clock})
 
 
