@@ -143,6 +143,8 @@ def _sum_over_steps(share: TableShare, steps: list[RowGradients], scale: float) 
 
 
 def _bytes_sent(step: Step, rank: int) -> int:
+    if len(step.sent) == 1:
+        return 0
     rows = step.sent.sum(0) - step.sent[rank]
     return sum(4 * share.table.dim * int(n) for share, n in zip(step.shares, rows, strict=True))
 
