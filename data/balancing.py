@@ -68,7 +68,7 @@ def try_partition(costs: ArrayLike, tokens: ArrayLike, num_bins: int, max_tokens
         fits = max_tokens is None or int(count.sum()) <= max_tokens
         return np.zeros(len(cost), dtype=np.int64) if fits else None
     if max_tokens is None:
-        return _refine(cost, count, _longest_first(cost, num_bins), num_bins, None)
+        return _refine(cost, count, longest_first(cost, num_bins), num_bins, None)
     if int(count.sum()) > num_bins * max_tokens:
         return None
     bins = _longest_first_within(cost, count, num_bins, max_tokens)
@@ -161,7 +161,8 @@ def _descending(values: ArrayLike) -> list[int]:
     return np.argsort(-np.asarray(values, dtype=np.float64), kind="stable").tolist()
 
 
-def _longest_first(cost: Float64, num_bins: int) -> Int64:
+def longest_first(cost: Float64, num_bins: int) -> Int64:
+    """Each sample [n], the costliest first, to the bin that holds least; int64 [n]."""
     heap = [(0.0, index) for index in range(num_bins)]
     bins = np.zeros(len(cost), dtype=np.int64)
     order = _descending(cost)

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 from grzoo.data import bin_costs, partition, plan_micro_batches
-from grzoo.data.balancing import _exchange, _longest_first, step_cost, try_partition
+from grzoo.data.balancing import _exchange, longest_first, step_cost, try_partition
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +51,7 @@ def test_a_tight_budget_is_kept_whatever_the_costs(seed: int, bins: int, slack: 
 
 
 def test_longest_first_gives_each_sample_to_the_cheapest_bin() -> None:
-    assert _longest_first(np.array([3.0, 7, 5, 4, 6]), 2).tolist() == [0, 0, 1, 0, 1]
+    assert longest_first(np.array([3.0, 7, 5, 4, 6]), 2).tolist() == [0, 0, 1, 0, 1]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(2, 3))
