@@ -83,12 +83,14 @@ def anonymous_memory() -> int:
 
 
 def write_copy(file: Path, size: int) -> None:
-    """Write `size` bytes of noise from memory and wait for the disk."""
+    """Write `size` bytes of noise from memory and wait for the disk, with the hints that saving gives to the system."""
     buffer = torch.randint(0, 256, (BUFFER,), dtype=torch.uint8).numpy().data
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     done = 0
     while done < size:
         done += os.write(descriptor, buffer[: min(BUFFER, size - done)])
+        if done % (4 * BUFFER) == 0:
+            os.posix_fadvise(descriptor, 0, done, os.POSIX_FADV_DONTNEED)
     os.fsync(descriptor)
     os.close(descriptor)
 
