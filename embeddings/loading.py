@@ -1,6 +1,7 @@
 """Reading tables from shards: each rank reads the buckets that it owns, a chunk ahead of their insertion."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +23,21 @@ from .tensor_file import TensorFile
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
 
-ROW_DTYPES = (torch.float32, torch.bfloat16)
+logger = logging.getLogger(__name__)
+
+_STORED_ROWS = (torch.float32, torch.bfloat16)
 CHUNK_BYTES = 32 << 20  # read at a time; two chunks are in memory
 
 
 def load_tables(
-    collection: "DynamicEmbeddingCollection", folder: str | os.PathLike[str], *, state: bool | None = None
+    collection: "DynamicEmbeddingCollection",
+    folder: str | os.PathLike[str],
+    *,
+    state: bool | None = None,
+    tables: Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> None:
-    """Replace the rows of all tables by those of a folder; each rank reads the rows that it owns. Collective.
+    """Replace the rows of tables by those of a folder; each rank reads the rows that it owns. Collective.
 
     On an error the tables stay as they were, on every rank.
 
@@ -37,6 +45,12 @@ def load_tables(
         collection: tables with the configs that were saved.
         folder: written by `save_tables` on any number of ranks.
         state: load the optimizer state: True, False (rows start with fresh state), or None for "if there is one".
+        tables: load these tables of the collection only, others lose their rows; default: all, and the folder has
+            no others. For a warm start; a seed or initial values that differ are then only a warning.
+        rename: table of the collection -> its name in the files, where that is another one.
+
+    Example:
+        load_tables(collection, "export", state=False, tables=["item"], rename={"item": "video"})
 
     Raises:
         ValueError: on every rank, when the folder does not fit (tables, widths, initial values, seed, hash, optimizer;
@@ -48,17 +62,18 @@ def load_tables(
     try:
         index = read_index(folder)
         metadata = index["metadata"]
-        num_rows = dict(metadata["rows"])
-        with_state = check_metadata(collection, metadata, state)
+        names = saved_names(collection, metadata, tables, rename)
+        num_rows = {ours: metadata["rows"][name] for ours, name in names.items()}
+        with_state = check_metadata(collection, metadata, state, names, warm=tables is not None)
         fresh = _empty_tables(collection, metadata, with_state)
         first, end = bucket_range(exchange.rank, exchange.world_size)
-        _reserve(collection, fresh, metadata["rows"], (end - first) / NUM_BUCKETS)
-        for name, shard in zip(shard_files(index), metadata["shards"], strict=False):
+        _reserve(collection, fresh, num_rows, end - first)
+        for file, shard in zip(shard_files(index), metadata["shards"], strict=False):
             span = max(first, shard["buckets"][0]), min(end, shard["buckets"][1])
             if span[0] < span[1]:
-                _load_shard(collection, fresh, Path(folder) / name, shard, span, with_state)
+                _load_shard(collection, fresh, Path(folder) / file, shard, span, names, with_state)
         if metadata.get("shared_rows"):
-            load_shared(collection, fresh, Path(folder) / SHARED_FILE, state=with_state)
+            load_shared(collection, fresh, Path(folder) / SHARED_FILE, names, state=with_state)
     except MemoryError as error:
         problem = error
     except Exception as error:
@@ -71,21 +86,58 @@ def load_tables(
     collection.replace_physical(fresh)
 
 
-def check_metadata(collection: "DynamicEmbeddingCollection", metadata: Mapping[str, Any], state: bool | None) -> bool:
-    """Raise ValueError where files and collection differ; return whether to load the state."""
+def saved_names(
+    collection: "DynamicEmbeddingCollection",
+    metadata: Mapping[str, Any],
+    tables: Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return table of the collection -> name in the files, of the tables to load; see `load_tables`."""
+    saved = [config["name"] for config in metadata["tables"]]
+    rename = dict(rename or {})
+    wanted = collection.table_names if tables is None else list(tables)
+    if unknown := sorted({*wanted, *rename} - set(collection.table_names)):
+        raise ValueError(f"no tables {unknown} to load: this collection has {sorted(collection.table_names)}")
+    names = {ours: rename.get(ours, ours) for ours in wanted}
+    missing = sorted(set(names.values()) - set(saved))
+    left_out = [] if tables is not None else sorted(set(saved) - set(names.values()))
+    if missing or left_out:
+        raise ValueError(
+            f"tables: the files have {sorted(saved)!r}, this collection has {sorted(collection.tables)!r}: to load "
+            "some of them, or under other names, pass tables=[...] and rename={ours: theirs}"
+        )
+    return names
+
+
+def check_metadata(
+    collection: "DynamicEmbeddingCollection",
+    metadata: Mapping[str, Any],
+    state: bool | None,
+    names: Mapping[str, str],
+    *,
+    warm: bool = False,
+) -> bool:
+    """Raise ValueError where files and collection differ; return whether to load the state.
+
+    In a warm start what says how new rows begin (seed, initial values) may differ: that is a warning.
+    """
     saved = {config["name"]: TableConfig.from_dict(config) for config in metadata["tables"]}
     pairs: list[tuple[str, Any, Any]] = [
         ("hash version", metadata["hash_version"], HASH_VERSION),
         ("number of buckets", metadata["num_buckets"], NUM_BUCKETS),
-        ("seed", metadata["seed"], collection.seed),
-        ("tables", sorted(saved), sorted(collection.tables)),
     ]
-    for name, config in collection.tables.items():
+    births: list[tuple[str, Any, Any]] = [("seed", metadata["seed"], collection.seed)]
+    for name, theirs_name in names.items():
+        theirs, ours = saved[theirs_name], collection.tables[name]
         for field in ("embedding_dim", "initializer", "init_key", "row_dtype"):
-            pairs.append((f"{field} of table {name!r}", getattr(saved.get(name), field, None), getattr(config, field)))
-    for what, theirs, ours in pairs:
-        if theirs != ours:
-            raise ValueError(f"{what}: the files have {theirs!r}, this collection has {ours!r}")
+            into = pairs if field == "embedding_dim" else births
+            into.append((f"{field} of table {name!r}", getattr(theirs, field), getattr(ours, field)))
+    for what, other, own in pairs if warm else pairs + births:
+        if other != own:
+            raise ValueError(f"{what}: the files have {other!r}, this collection has {own!r}")
+    for what, other, own in births if warm else []:
+        if other != own:
+            logger.warning("%s: the files have %r, this collection goes on with %r", what, other, own)
     edges = [shard["buckets"] for shard in metadata["shards"]]
     if [0, *(end for _, end in edges)] != [*(first for first, _ in edges), NUM_BUCKETS]:
         raise ValueError(f"the shards do not cover each bucket once: {edges}")
@@ -121,12 +173,12 @@ def _empty_tables(
 
 
 def _reserve(
-    collection: "DynamicEmbeddingCollection", fresh: list[PhysicalTable], rows: Mapping[str, int], share: float
+    collection: "DynamicEmbeddingCollection", fresh: list[PhysicalTable], rows: Mapping[str, int], buckets: int
 ) -> None:
     """Make room for this rank's share of the rows before the first one is read."""
     needed = [0] * len(fresh)
     for name, count in rows.items():
-        needed[collection.placement[name][0]] += int(count * share)
+        needed[collection.placement[name][0]] += count * buckets // NUM_BUCKETS
     for table, count in zip(fresh, needed, strict=True):
         table.reserve(count)
 
@@ -137,12 +189,13 @@ def _load_shard(
     path: Path,
     shard: Mapping[str, Any],
     span: tuple[int, int],
+    names: Mapping[str, str],
     with_state: bool,
 ) -> None:
     """Read the rows of buckets [span) of one shard into fresh tables."""
     with TensorFile(path) as file:
-        for name in collection.table_names:
-            position, logical = collection.placement[name]
+        for ours, name in names.items():
+            position, logical = collection.placement[ours]
             table = fresh[position]
             where = f"table {name!r} in {path}"
             columns = {IDS: (torch.int64, 0), **table.columns(state=with_state)}
@@ -163,7 +216,7 @@ def check_columns(where: str, file: TensorFile, name: str, columns: Mapping[str,
         found, expected = file[f"{name}.{column}"], column_shape(kind, rows)
         if found.shape != expected:
             raise ValueError(f"{column!r} of {where} has shape {list(found.shape)}, it should have {list(expected)}")
-        if found.dtype != kind[0] and not (column == "rows" and found.dtype in ROW_DTYPES):
+        if found.dtype != kind[0] and not (column == "rows" and found.dtype in _STORED_ROWS):
             raise ValueError(f"{column!r} of {where} is {found.dtype}, it should be {kind[0]}")
 
 

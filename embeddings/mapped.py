@@ -11,7 +11,7 @@ from torch import Tensor
 from .hashing import bucket
 from .index import read_index
 from .kernels import STEP_SLOT, Slot, TableStorage
-from .loading import check_columns, check_metadata, read_offsets
+from .loading import check_columns, check_metadata, read_offsets, saved_names
 from .shards import IDS, OFFSETS
 from .shared_rows import SHARED_FILE, load_shared
 from .tensor_file import MappedTensor, TensorFile
@@ -36,7 +36,8 @@ def map_tables(collection: "DynamicEmbeddingCollection", folder: str | os.PathLi
     if collection.exchange.world_size > 1 or collection.optimizer is not None:
         raise ValueError("mapped tables are for reading in one process: use load_tables for ranks and for training")
     metadata = read_index(folder)["metadata"]
-    check_metadata(collection, metadata, state=False)
+    names = saved_names(collection, metadata)
+    check_metadata(collection, metadata, False, names)
     fresh = [table.empty_like() for table in collection.physical]
     for position, table in enumerate(fresh):
         storage = MappedStorage(table.dim, str(folder))
@@ -46,7 +47,7 @@ def map_tables(collection: "DynamicEmbeddingCollection", folder: str | os.PathLi
                 storage.add(_map_shard(Path(folder) / shard["file"], config.name, logical, shard, table.dim))
         table.use_storage(storage)
     if metadata.get("shared_rows"):
-        load_shared(collection, fresh, Path(folder) / SHARED_FILE, state=False)
+        load_shared(collection, fresh, Path(folder) / SHARED_FILE, names, state=False)
     collection.replace_physical(fresh)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from .config import ROW_DTYPES
 from .files import Fingerprint, flush, write_text
 from .hashing import HASH_VERSION, NUM_BUCKETS
 from .index import FORMAT_VERSION, INDEX_NAME, describe_optimizer, remove_index, shard_files
@@ -31,6 +33,7 @@ def save_tables(
     *,
     state: bool,
     max_shard_bytes: int = 2 << 30,
+    row_dtype: str | None = None,
 ) -> dict[str, Fingerprint]:
     """Write all tables into a folder that every rank can reach (made when missing). Collective.
 
@@ -43,18 +46,23 @@ def save_tables(
         folder: where to.
         state: whether to write the optimizer state and the step of each row.
         max_shard_bytes: bound of the rows in one file (one bucket is never cut).
+        row_dtype: of the rows in the files, "float32" or "bfloat16", without state; default: that of each table.
 
     Returns:
         Sizes and checksums of the files that this rank wrote.
 
     Raises:
-        ValueError: state without an attached optimizer.
+        ValueError: state without an attached optimizer, or with another row_dtype.
         OSError or RuntimeError: on every rank, when a file could not be written.
     """
     exchange, path = collection.exchange, Path(folder)
     if state and collection.optimizer is None:
         raise ValueError("state=True saves the state of a sparse optimizer, and none is attached to the tables")
-    row_sets = _row_sets(collection, state=state)
+    if row_dtype is not None and (state or row_dtype not in ROW_DTYPES):
+        raise ValueError(
+            f"row_dtype must be one of {ROW_DTYPES} and without state, got {row_dtype!r} with state={state}"
+        )
+    row_sets = _row_sets(collection, state, row_dtype)
     weights = torch.stack([torch.diff(rows.offsets) * rows.row_bytes() for rows in row_sets])
     shards = plan_shards(weights.sum(0), max_shard_bytes)
     failures = _Failures()
@@ -96,10 +104,12 @@ class _Failures:
         return None
 
 
-def _row_sets(collection: "DynamicEmbeddingCollection", *, state: bool) -> list[ShardedRows]:
+def _row_sets(collection: "DynamicEmbeddingCollection", state: bool, row_dtype: str | None) -> list[ShardedRows]:
     """What goes into the files, with the rows of all ranks counted. Collective."""
     exchange, failures = collection.exchange, _Failures()
-    found = failures.attempt(lambda: [_table_rows(collection, name, state=state) for name in collection.table_names])
+    found = failures.attempt(
+        lambda: [_table_rows(collection, name, state, row_dtype) for name in collection.table_names]
+    )
     exchange.agree(failures.first)
     assert found is not None
     counts = exchange.sum_tensor(torch.stack([rows.local_rows_per_bucket for rows in found]))
@@ -108,12 +118,18 @@ def _row_sets(collection: "DynamicEmbeddingCollection", *, state: bool) -> list[
     return found
 
 
-def _table_rows(collection: "DynamicEmbeddingCollection", name: str, *, state: bool) -> ShardedRows:
+def _table_rows(collection: "DynamicEmbeddingCollection", name: str, state: bool, row_dtype: str | None) -> ShardedRows:
     position, logical = collection.placement[name]
     table = collection.physical[position]
     ids, handles = table.sorted_keys(logical)
     columns = table.columns(state=state)
-    return ShardedRows(name, ids, columns, lambda column, start, stop: table.read_column(column, handles[start:stop]))
+    if row_dtype is not None:
+        columns["rows"] = (getattr(torch, row_dtype), table.dim)
+
+    def read(column: str, start: int, stop: int) -> Tensor:
+        return table.read_column(column, handles[start:stop]).to(columns[column][0])
+
+    return ShardedRows(name, ids, columns, read)
 
 
 def _turns(shards: list[Shard], world_size: int) -> list[list[Shard | None]]:

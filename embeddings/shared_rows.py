@@ -89,15 +89,23 @@ def shared_tensors(collection: "DynamicEmbeddingCollection", *, state: bool) -> 
 
 
 def load_shared(
-    collection: "DynamicEmbeddingCollection", fresh: Sequence["PhysicalTable"], file: Path, *, state: bool
+    collection: "DynamicEmbeddingCollection",
+    fresh: Sequence["PhysicalTable"],
+    file: Path,
+    names: Mapping[str, str],
+    *,
+    state: bool,
 ) -> None:
     """Read the shared rows that a file and a collection both have into the tables that a loader fills.
+
+    `names` says what each table to load is called in the file.
 
     Raises ValueError for tensors that do not fit the tables, OSError or SafetensorError for a file that is damaged.
     """
     saved = load_file(file)
-    for name, config in collection.tables.items():
-        position, logical = collection.placement[name]
+    for ours, name in names.items():
+        config = collection.tables[ours]
+        position, logical = collection.placement[ours]
         shared = fresh[position].shared
         if config.unknown != "shared" or shared is None or f"{name}.rows" not in saved:
             continue

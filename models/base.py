@@ -84,6 +84,7 @@ class GenRecPreTrainedModel(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        row_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write config, dense weights and tables into a folder that `from_pretrained` reads.
@@ -96,6 +97,7 @@ class GenRecPreTrainedModel(PreTrainedModel):
             is_main_process: whether this process writes, when tables are not sharded.
             state_dict: dense weights, when they have to be collected from elsewhere (ZeRO stage 3).
             push_to_hub: upload the whole folder afterwards, to `repo_id` (default: the folder's name).
+            row_dtype: of the rows in the files, "float32" or "bfloat16"; default: that of the tables.
             kwargs: as in `transformers.PreTrainedModel.save_pretrained`; `repo_id`, `private`, `token`, `revision`,
                 `commit_message`, `create_pr` for the upload.
 
@@ -120,7 +122,7 @@ class GenRecPreTrainedModel(PreTrainedModel):
                 error = failure
         _agree(error, group)
         if is_main_process or group is not None:
-            save_tables(self.embeddings, save_directory, state=False)
+            save_tables(self.embeddings, save_directory, state=False, row_dtype=row_dtype)
         if push_to_hub and is_main_process:
             _upload(save_directory, token=kwargs.get("token"), **hub)
         if group is not None:

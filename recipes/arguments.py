@@ -115,6 +115,9 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder, or 'last' (or 'true') for the newest in output_dir."
     )
+    init_from: str | None = option(
+        None, "Warm start: weights and rows of an export or a checkpoint-N, with fresh optimizers and a new data order."
+    )
     report_to: Literal["none", "tensorboard"] = option("none", "A tracker beside metrics.jsonl.")
     deepspeed_config: str | None = option(None, "DeepSpeed JSON; default: ZeRO stage 1.")
     disable_tqdm: bool = option(False, "No progress bar.")

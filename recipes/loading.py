@@ -10,6 +10,7 @@ from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.io import load_tables
 from grzoo.models import AutoModelForRetrieval
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -39,6 +40,33 @@ def load_model(path: Path, process_group: dist.ProcessGroup | None = None) -> An
     model.embeddings.set_process_group(process_group)
     load_tables(model.embeddings, path, state=False)
     return model.eval()
+
+
+def warm_start(model: Any, path: Path) -> None:
+    """Set the dense parameters to those of an export folder or a checkpoint; `warm_start_tables` loads the rows.
+
+    Raises:
+        UserError: the folder is neither, or holds another model; a parameter and its shapes on both sides are named.
+    """
+    if (path / "config.json").is_file():
+        weights: dict[str, Tensor] = {}
+        for file in sorted(path.glob("model*.safetensors")):
+            weights |= load_file(file)
+    elif is_checkpoint(path):
+        weights = dense_weights(path)
+    else:
+        raise UserError(f"--init_from {path} holds no model: give an export folder or a complete checkpoint-N")
+    ours, theirs = ({name: list(t.shape) for name, t in side.items()} for side in (model.state_dict(), weights))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            there, here = theirs.get(name, "missing"), ours.get(name, "missing")
+            raise UserError(f"--init_from {path} holds another model: {name} is {there} there, {here} in this model")
+    model.load_state_dict(weights)
+
+
+def warm_start_tables(model: Any, path: Path) -> None:
+    """Load the rows of a folder with fresh optimizer state. Collective."""
+    load_tables(model.embeddings, path, state=False, tables=model.embeddings.table_names)
 
 
 def is_checkpoint(path: Path) -> bool:

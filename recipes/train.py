@@ -19,6 +19,7 @@ from grzoo.recipes.dataset_folder import LoadedData, find_or_prepare, has_split,
 from grzoo.recipes.deepspeed_config import resolve
 from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
+from grzoo.recipes.loading import warm_start, warm_start_tables
 from grzoo.recipes.metrics_log import MetricsLog
 from grzoo.recipes.recommending import recommend_to_row, table
 from grzoo.recipes.report import metrics_table, write_report
@@ -40,7 +41,18 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     resume_from = _checkpoint_to_resume(settings)
     evaluators = _evaluators(settings, data, config, runtime)
     steps = total_steps(settings.training, len(loader.sampler))
-    engine = build_engine(settings, build_model(settings, config), deepspeed, steps)
+    model = build_model(settings, config)
+    init_from = Path(settings.training.init_from) if settings.training.init_from and not resume_from else None
+    if init_from is not None:
+        with user_errors():
+            warm_start(model, init_from)
+    engine = build_engine(settings, model, deepspeed, steps)
+    if init_from is not None:
+        with user_errors():
+            warm_start_tables(engine.module, init_from)
+        runtime.say(f"began with the weights and rows of {init_from}")
+    elif settings.training.init_from:
+        runtime.say(f"--init_from has no effect: the run goes on from {resume_from}")
     conditions = describe(settings, data, engine, steps, runtime)
     runtime.say("\n".join(f"{name:<12} {value}" for name, value in conditions.items()))
 

@@ -308,3 +308,34 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
         save_tables(build(), tmp_path / "file", state=False)
+
+
+# ---------------------------------------------------------------------- warm start
+
+
+def test_some_tables_load_under_other_names_without_state(tmp_path: Path) -> None:
+    saved, _optimizer = trained(30)
+    save_tables(saved, tmp_path, state=True)
+    tables = [TableConfig(name="video", embedding_dim=4, init_key="item"), TableConfig(name="creator", embedding_dim=4)]
+    other = DynamicEmbeddingCollection(tables, [FeatureConfig(name="a", table="video")], seed=9, backend="naive")
+    attached = SparseAdagrad(other, 0.1)
+    load_tables(other, tmp_path, state=False, tables=["video"], rename={"video": "item"})
+    ours, theirs = other.export_rows("video"), saved.export_rows("item")
+    assert torch.equal(ours["ids"], theirs["ids"]) and torch.equal(ours["rows"], theirs["rows"])
+    assert (ours["sum"] == 0).all() and other.num_rows("creator") == 0 and attached is other.optimizer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tables": ["video"]}, r"no tables \['video'\] to load: this collection has \['empty', 'item', 'user'\]"),
+        ({"rename": {"item": "film"}}, r"the files have \['empty', 'item', 'user'\].*rename="),
+        ({"rename": {"item": "user"}}, r"the files have \['empty', 'item', 'user'\]"),
+        ({"tables": ["item"], "rename": {"item": "user"}}, "embedding_dim of table 'item': the files have 2, this.* 4"),
+    ],
+)
+def test_impossible_warm_starts_name_both_sides(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    saved, _optimizer = trained(10)
+    save_tables(saved, tmp_path, state=False)
+    with pytest.raises(ValueError, match=message):
+        load_tables(build(), tmp_path, **options)

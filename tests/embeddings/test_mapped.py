@@ -67,6 +67,17 @@ def test_mapped_tables_save_the_same_bytes(folder: Path, tmp_path: Path) -> None
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
+def test_bfloat16_rows_in_the_files_are_half_the_bytes(folder: Path, tmp_path: Path) -> None:
+    _, loaded = opened(folder)
+    save_tables(loaded, tmp_path / "half", state=False, row_dtype="bfloat16")
+    mapped, again = opened(tmp_path / "half")
+    for tables in (mapped, again):
+        found = tables.export_rows("item")["rows"]
+        assert torch.equal(found, loaded.export_rows("item")["rows"].bfloat16().float())
+    with pytest.raises(ValueError, match="row_dtype must be one of.*'int8'"):
+        save_tables(loaded, tmp_path, state=False, row_dtype="int8")
+
+
 def test_changing_a_mapped_table_names_the_remedy(folder: Path) -> None:
     mapped, _ = opened(folder)
     before = mapped.export_rows("item")

@@ -1,0 +1,188 @@
+"""What is in a checkpoint-N or an exported folder, what differs between two of them. Reads safetensors and JSON only."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from grzoo.embeddings.engine.folder import check_file, read_json, read_seal
+from grzoo.embeddings.index import INDEX_NAME, read_index
+from grzoo.embeddings.tensor_file import TensorFile
+from torch import Tensor
+
+ROWS_AT_ONCE = 1 << 16
+Progress = Callable[[str], None]
+
+
+def inspect(folder: Path, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Describe a folder: kind, step, completeness, tables, dense tensors.
+
+    Args:
+        folder: a checkpoint-N, or an export.
+        progress: told of every file whose checksum is computed.
+
+    Returns:
+        JSON values; "problems" is empty when nothing is damaged. An export has no checksums: its files are parsed.
+
+    Raises:
+        ValueError: the folder has no tables.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        raise ValueError(f"{folder} has no {INDEX_NAME}: give a checkpoint-N or an exported folder")
+    is_checkpoint = not (folder / "config.json").is_file()
+    problems = list(_problems(folder, is_checkpoint, progress))
+    report: dict[str, Any] = {
+        "folder": str(folder),
+        "kind": "checkpoint" if is_checkpoint else "export",
+        "complete": not problems,
+        "problems": problems,
+        "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+    }
+    if is_checkpoint and (folder / "state.json").is_file():
+        state = read_json(folder / "state.json")
+        report |= {"step": state.get("counters", {}).get("global_steps"), "written_by": state.get("written_by")}
+    metadata = read_index(folder)["metadata"]
+    report |= {"seed": metadata["seed"], "optimizer": metadata["optimizer"], "shards": len(metadata["shards"])}
+    files = [folder / shard["file"] for shard in metadata["shards"]]
+    report["tables"] = {config["name"]: _table(config, metadata, files) for config in metadata["tables"]}
+    report["dense"] = {name: list(shape) for name, shape in _dense_shapes(folder).items()}
+    return report
+
+
+def _problems(folder: Path, is_checkpoint: bool, progress: Progress) -> Iterator[str]:
+    """What is missing or damaged."""
+    try:
+        sealed = read_seal(folder) if is_checkpoint else {}
+    except ValueError as error:
+        yield str(error)
+        return
+    for name, expected in sealed.items():
+        progress(name)
+        try:
+            check_file(folder, name, expected)
+        except ValueError as error:
+            yield str(error)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            TensorFile(file).close()
+        except (ValueError, OSError) as error:
+            yield str(error)
+    for name in sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl")):
+        yield f"{folder} holds {name}, which may be a pickle and was not opened: remove it"
+
+
+def _table(config: dict[str, Any], metadata: dict[str, Any], files: list[Path]) -> dict[str, Any]:
+    prefix, columns, size = f"{config['name']}.", {}, 0
+    for path in files:
+        try:
+            with TensorFile(path) as file:
+                for name, stored in file.tensors.items():
+                    column = name.removeprefix(prefix)
+                    if name.startswith(prefix) and "." not in column:
+                        columns[column] = [str(stored.dtype).removeprefix("torch."), *stored.shape[1:]]
+                        size += stored.dtype.itemsize * torch.Size(stored.shape).numel()
+        except (ValueError, OSError):
+            continue  # told in "problems"
+    return {
+        "rows": metadata["rows"][config["name"]],
+        "embedding_dim": config["embedding_dim"],
+        "bytes": size,
+        "columns": columns,
+    }
+
+
+def _dense_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("embeddings-")]
+
+
+def _dense_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _dense_files(folder):
+        try:
+            with TensorFile(path) as file:
+                shapes |= {name: stored.shape for name, stored in file.tensors.items()}
+        except (ValueError, OSError):
+            continue  # told in "problems"
+    return shapes
+
+
+def compare(folder: Path, other: Path) -> dict[str, Any]:
+    """Say what differs between the tables and the dense tensors of two folders; {"equal": True, ...} when nothing does.
+
+    Rows are read in the order of the files, a few at a time. A table or a column that only one of them has is named.
+    """
+    first, second = (read_index(path)["metadata"] for path in (folder, other))
+    tables = {
+        name: _compare_table(name, (folder, first), (other, second))
+        for name in sorted(set(first["rows"]) & set(second["rows"]))
+    }
+    dense = _compare_dense(folder, other)
+    only = [sorted(set(a["rows"]) - set(b["rows"])) for a, b in ((first, second), (second, first))]
+    differs = any(any(t[k] for k in ("only_in_first", "only_in_second", "rows_changed")) for t in tables.values())
+    return {
+        "equal": not (differs or any(only) or any(dense.values())),
+        "tables_only_in_first": only[0],
+        "tables_only_in_second": only[1],
+        "tables": tables,
+        "dense": dense,
+    }
+
+
+def _compare_table(name: str, first: tuple[Path, Any], second: tuple[Path, Any]) -> dict[str, Any]:
+    """Compare a table by ranges of buckets, so that few rows are in memory."""
+    result = {"only_in_first": 0, "only_in_second": 0, "rows_changed": 0, "largest_difference": 0.0}
+    rows = max(first[1]["rows"][name], second[1]["rows"][name])
+    parts = max(1, min(4096, rows // ROWS_AT_ONCE))
+    edges = [65536 * part // parts for part in range(parts + 1)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        (ids, values), (other_ids, other_values) = (_read_buckets(*side, name, begin, end) for side in (first, second))
+        ids, order = ids.sort()
+        other_ids, other_order = other_ids.sort()
+        mine, theirs = torch.isin(ids, other_ids), torch.isin(other_ids, ids)
+        result["only_in_first"] += int((~mine).sum())
+        result["only_in_second"] += int((~theirs).sum())
+        difference = (values[order][mine] - other_values[other_order][theirs]).abs().nan_to_num(torch.inf)
+        if difference.numel():
+            result["rows_changed"] += int((difference.amax(1) > 0).sum())
+            result["largest_difference"] = max(result["largest_difference"], float(difference.max()))
+    return result
+
+
+def _read_buckets(folder: Path, metadata: Any, name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Ids int64 [n] and rows float32 [n, dim] of the buckets [begin, end)."""
+    dim = next(config["embedding_dim"] for config in metadata["tables"] if config["name"] == name)
+    ids, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dim)]
+    for shard in metadata["shards"]:
+        low, high = max(begin, shard["buckets"][0]), min(end, shard["buckets"][1])
+        if low >= high:
+            continue
+        with TensorFile(folder / shard["file"]) as file:
+            offsets = file.read(f"{name}.bucket_offsets")
+            start, stop = (int(offsets[edge - shard["buckets"][0]]) for edge in (low, high))
+            ids.append(file.read(f"{name}.ids", start, stop))
+            rows.append(file.read(f"{name}.rows", start, stop).float())
+    return torch.cat(ids), torch.cat(rows)
+
+
+def _compare_dense(folder: Path, other: Path) -> dict[str, Any]:
+    first, second = _dense_shapes(folder), _dense_shapes(other)
+    changed = {}
+    for name in sorted(set(first) & set(second)):
+        ours, theirs = _read_dense(folder, name), _read_dense(other, name)
+        if ours.shape != theirs.shape:
+            changed[name] = f"{list(ours.shape)} in one, {list(theirs.shape)} in the other"
+        elif not torch.equal(ours, theirs):
+            changed[name] = float((ours.double() - theirs.double()).abs().nan_to_num(torch.inf).max())
+    return {
+        "only_in_first": sorted(set(first) - set(second)),
+        "only_in_second": sorted(set(second) - set(first)),
+        "changed": changed,
+    }
+
+
+def _read_dense(folder: Path, name: str) -> Tensor:
+    for path in _dense_files(folder):
+        with TensorFile(path) as file:
+            if name in file.tensors:
+                return file.read(name)
+    raise AssertionError(name)
