@@ -189,7 +189,7 @@ class MappedStorage(TableStorage):
     def erase(self, tables: Tensor, ids: Tensor) -> int:
         self._refuse()
 
-    def update(self, rule: str, handles: Tensor, grads: Tensor, **hyper: float) -> None:
+    def update(self, rule: str, handles: Tensor, grads: Tensor, keys: Tensor | None = None, **hyper: float) -> None:
         self._refuse()
 
     def _refuse(self) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint-N or an exported folder, what differs between two of them. Reads safetensors and JSON only."""
+"""What is in a checkpoint-N or an exported folder, and what differs between two. Reads safetensors and JSON only."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,7 +166,7 @@ def _read_buckets(folder: Path, metadata: Any, name: str, begin: int, end: int) 
 
 def _compare_dense(folder: Path, other: Path) -> dict[str, Any]:
     first, second = _dense_shapes(folder), _dense_shapes(other)
-    changed = {}
+    changed: dict[str, Any] = {}
     for name in sorted(set(first) & set(second)):
         ours, theirs = _read_dense(folder, name), _read_dense(other, name)
         if ours.shape != theirs.shape:

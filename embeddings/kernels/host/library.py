@@ -45,7 +45,7 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "storage_find": (c_int, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
     "storage_find_or_insert": (c_int, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, _COUNT, c_int]),
     "storage_gather": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_int]),
-    "storage_gather_slot": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
+    "storage_gather_slot": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int]),
     "storage_scatter": (c_int, [c_void_p, c_void_p, c_int64, c_void_p]),
     "storage_scatter_slot": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
     "storage_gather_step": (c_int, [c_void_p, c_void_p, c_int64, c_void_p]),

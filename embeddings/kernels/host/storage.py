@@ -101,7 +101,7 @@ class HostStorage(TableStorage):
             return steps
         number = self._slot(name)
         values = torch.empty(n, self._layout[number].width, dtype=torch.float32, device="cpu")
-        call("storage_gather_slot", self._open, number, self._handles(handles), n, values.data_ptr())
+        call("storage_gather_slot", self._open, number, self._handles(handles), n, values.data_ptr(), num_threads())
         return values
 
     def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:

@@ -153,7 +153,7 @@ private:
         const int64_t n = static_cast<int64_t>(handles_.size());
         for (size_t k = 0; k < layout_.widths.size(); ++k) {
             std::vector<float> values(handles_.size() * static_cast<size_t>(layout_.widths[k]));
-            CHECK(grzoo_storage_gather_slot(storage_, static_cast<int64_t>(k), handles_.data(), n, values.data()) == GRZOO_OK);
+            CHECK(grzoo_storage_gather_slot(storage_, static_cast<int64_t>(k), handles_.data(), n, values.data(), 2) == GRZOO_OK);
             CHECK(grzoo_storage_scatter_slot(storage_, static_cast<int64_t>(k), handles_.data(), n, values.data()) == GRZOO_OK);
         }
         std::vector<int32_t> steps(handles_.size());
@@ -211,7 +211,7 @@ private:
         CHECK(grzoo_storage_gather(storage_, &below, 1, row.data(), 1) == GRZOO_INVALID);
         CHECK(grzoo_storage_scatter(storage_, &below, 1, row.data()) == GRZOO_INVALID);
         CHECK(grzoo_storage_find(storage_, &table, &one, 1, &handle, 1) == GRZOO_INVALID);
-        CHECK(grzoo_storage_gather_slot(storage_, 99, &handle, 0, row.data()) == GRZOO_INVALID);
+        CHECK(grzoo_storage_gather_slot(storage_, 99, &handle, 0, row.data(), 1) == GRZOO_INVALID);
         CHECK(grzoo_segment_sum(row.data(), &one, 1, dim_, 1, row.data(), 0, 1) == GRZOO_INVALID);
         grzoo_set_memory_limit(1);
         draw(20000, true);

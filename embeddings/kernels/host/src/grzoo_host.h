@@ -55,7 +55,7 @@ int grzoo_storage_find(GrzooStorage* storage, const int32_t* tables, const int64
 int grzoo_storage_find_or_insert(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n,
                                  int64_t* handles, int64_t* inserted, int threads);
 int grzoo_storage_gather(GrzooStorage* storage, const int64_t* handles, int64_t n, float* out, int threads);
-int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out);
+int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out, int threads);
 int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows);
 int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n,
                                const float* values);

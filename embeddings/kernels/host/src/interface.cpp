@@ -136,12 +136,10 @@ int grzoo_storage_gather(GrzooStorage* storage, const int64_t* handles, int64_t 
     return locked(storage, [&] { storage->gather(handles, n, out, threads); });
 }
 
-int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out) {
+int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out,
+                              int threads) {
     return locked(storage, [&] {
-        storage->check_handles(handles, n, 0);
-        const grzoo::SlotPlace& place = storage->slot(slot);
-        for (int64_t i = 0; i < n; ++i)
-            memcpy(out + i * place.width, place.of(storage->rows().view(), handles[i]), sizeof(float) * static_cast<size_t>(place.width));
+        storage->gather_slot(slot, handles, n, out, threads);
     });
 }
 

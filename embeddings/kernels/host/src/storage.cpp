@@ -178,6 +178,21 @@ void Storage::gather(const int64_t* handles, int64_t n, float* out, int threads)
     parallel_ranges(n, threads, kIdsPerThread, [&](int64_t begin, int64_t end) { kernels().gather(view, handles, begin, end, out); });
 }
 
+void Storage::gather_slot(int64_t number, const int64_t* handles, int64_t n, float* out, int threads) const {
+    check_handles(handles, n, 0);
+    const SlotPlace& place = slot(number);
+    const RowsView view = rows_.view();
+    parallel_ranges(n, threads, kIdsPerThread, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            if (i + kKeysAhead < end) {
+                const float* ahead = place.of(view, handles[i + kKeysAhead]);
+                for (int64_t j = 0; j < place.width; j += 16) prefetch(ahead + j);
+            }
+            memcpy(out + i * place.width, place.of(view, handles[i]), sizeof(float) * static_cast<size_t>(place.width));
+        }
+    });
+}
+
 void Storage::refresh_corrections(const GrzooHyper& hyper) {
     if (corrections_beta1_ == hyper.beta1 && corrections_beta2_ == hyper.beta2) return;
     UpdateRule rule{};
