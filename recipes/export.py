@@ -5,10 +5,14 @@ python recipes/export.py --checkpoint outputs/demo/checkpoint-180 --output_dir o
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from grzoo.data import GenRecProcessor
 from grzoo.recipes.arguments import option
+from grzoo.recipes.dataset_folder import LoadedData, load
 from grzoo.recipes.loading import checkpoint_state, is_checkpoint, load_model
+from grzoo.recipes.metrics_log import evaluation_before
+from grzoo.recipes.model_card import model_card
 from grzoo.recipes.parsing import parse
 from grzoo.recipes.runtime import Runtime, UserError, run, user_errors
 
@@ -20,6 +24,7 @@ class ExportArguments:
     checkpoint: str | None = option(None, "A checkpoint-N of a training run.")
     output_dir: str | None = option(None, "The folder to write.")
     dataset_dir: str | None = option(None, "Dataset folder for the processor; default: that of the training run.")
+    row_dtype: Literal["float32", "bfloat16"] | None = option(None, "Of the rows in the files; default: as trained.")
     push_to_hub: str | None = option(None, "Also upload to this repository, user/name.")
 
 
@@ -32,15 +37,38 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     if not is_checkpoint(checkpoint):
         raise UserError(f"{checkpoint} is no complete checkpoint: give a checkpoint-N folder of a training run")
     with user_errors():
-        dataset = Path(arguments.dataset_dir or checkpoint_state(checkpoint)["dataset_dir"])
+        state = checkpoint_state(checkpoint)
+        data = load(Path(arguments.dataset_dir or state["dataset_dir"]))
         model = load_model(checkpoint)
-        processor = GenRecProcessor.from_dataset(dataset, max_length=model.config.max_sequence_length)
+        processor = GenRecProcessor.from_dataset(data.folder, max_length=model.config.max_sequence_length)
         processor.save_pretrained(folder)
+        (folder / "README.md").write_text(_card(model, data, checkpoint, state))
+        options: dict[str, Any] = {"row_dtype": arguments.row_dtype}
         if arguments.push_to_hub:
-            model.save_pretrained(folder, push_to_hub=True, repo_id=arguments.push_to_hub)
-        else:
-            model.save_pretrained(folder)
+            options |= {"push_to_hub": True, "repo_id": arguments.push_to_hub}
+        model.save_pretrained(folder, **options)
     runtime.say(f"wrote {folder}")
+
+
+def _card(model: Any, data: LoadedData, checkpoint: Path, state: dict[str, Any]) -> str:
+    """The model card: the last evaluation up to the checkpoint in the run's metrics.jsonl, if there is one."""
+    metrics, baseline = evaluation_before(checkpoint.resolve().parent / "metrics.jsonl", state.get("step"))
+    conditions = {
+        "checkpoint": checkpoint.name,
+        "step": str(state.get("step", "unknown")),
+        "data": f"{data.schema.name}: {len(data.train):,} users, {len(data.catalogue):,} items",
+        "evaluated on": f"{data.evaluation_split} split" if metrics else "not evaluated before this checkpoint",
+    }
+    command = state.get("command", "unknown: the checkpoint does not say")
+    return model_card(
+        model,
+        data,
+        metrics=metrics,
+        baseline=baseline,
+        conditions=conditions,
+        command=command,
+        split=data.evaluation_split,
+    )
 
 
 if __name__ == "__main__":

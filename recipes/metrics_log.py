@@ -70,6 +70,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def evaluation_before(path: Path, step: int | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of the last evaluation up to a step (None: of all) in a metrics.jsonl, and those of popularity.
+
+    Both are by bare name ("ndcg@10"), and empty where nothing was evaluated.
+    """
+    metrics: dict[str, float] = {}
+    baseline: dict[str, float] = {}
+    for line in read_metrics(path):
+        if step is not None and line["step"] > step:
+            continue
+        metrics = _named(line, "eval/") or metrics
+        baseline = _named(line, "popularity/") or baseline
+    return metrics, baseline if metrics else {}
+
+
+def _named(line: dict[str, Any], prefix: str) -> dict[str, float]:
+    return {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix) and isinstance(v, float)}
+
+
 def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -25,7 +25,7 @@ processor = GenRecProcessor.from_pretrained("{name}")
 
 ## Results
 
-Test split, full ranking of {items:,} items; the baseline recommends the items with the most training events.
+{split} split, full ranking of {items:,} items; the baseline recommends the items with the most training events.
 
 ```
 {table}
@@ -49,6 +49,7 @@ def model_card(
     baseline: dict[str, float],
     conditions: dict[str, str],
     command: str,
+    split: str = "test",
 ) -> str:
     """Markdown with YAML metadata: results, data, command and conditions of one run."""
     name = f"{model.config.model_type}-{data.schema.name}"
@@ -73,6 +74,7 @@ def model_card(
         name=name,
         kind=type(model).__name__,
         dataset=data.schema.name,
+        split=split.capitalize(),
         items=len(data.catalogue),
         table=metrics_table(metrics, baseline),
         command=command,

@@ -67,7 +67,11 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         runtime,
         total_steps=steps,
         evaluate=lambda: evaluate(engine.module),
-        identity={"model_config": json.loads(config.to_json_string(use_diff=False)), "dataset_dir": str(data.folder)},
+        identity={
+            "model_config": json.loads(config.to_json_string(use_diff=False)),
+            "dataset_dir": str(data.folder),
+            "command": _command(argv),
+        },
     )
     if resume_from:
         with user_errors():
@@ -95,7 +99,7 @@ def _finish(
     output_dir = Path(settings.training.output_dir or "")
     metrics, baseline = _final_metrics(loop, evaluators, engine)
     sample = recommend_to_row(engine.module, data.folder, row=0, top_k=10)
-    command = " ".join(["train.py", *(word for word in argv if not word.startswith("--local_rank"))])
+    command = _command(argv)
     folder = output_dir / "export"
     export(engine, data, folder, metrics=metrics, baseline=baseline, conditions=conditions, command=command)
     if not runtime.is_main:
@@ -108,6 +112,11 @@ def _finish(
     print(metrics_table(metrics, baseline))
     print(f"\nuser {sample['user']} gets\n{table(sample)}\n")
     print(f"report {report}\nexport {folder}", flush=True)
+
+
+def _command(argv: list[str]) -> str:
+    """The command line, as it would be given again."""
+    return " ".join(["train.py", *(word for word in argv if not word.startswith("--local_rank"))])
 
 
 def _final_metrics(
