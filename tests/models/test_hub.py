@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 CHILD = """
-import os, sys, torch
+import json, os, sys, torch
 from grzoo.embeddings import SparseSGD
 from grzoo.models import AutoModelForRetrieval, HSTUConfig, HSTUForRetrieval
 
@@ -33,6 +33,22 @@ second = AutoModelForRetrieval.from_pretrained("me/hstu", embedding_backend="nai
 assert torch.equal(rows(second), torch.full((5, 4), 2.0)) and (second.model.position_embedding.weight == 7).all()
 old = AutoModelForRetrieval.from_pretrained("me/hstu", revision=os.environ["FIRST_COMMIT"], embedding_backend="naive")
 assert torch.equal(rows(old), torch.ones(5, 4)) and not (old.model.position_embedding.weight == 7).any()
+model.embeddings.import_rows("items", {"ids": torch.arange(5), "rows": torch.randn(5, 4)})
+model.push_to_hub("me/hstu")
+AutoModelForRetrieval.from_pretrained("me/hstu")
+history = torch.tensor([[1, 2, 3]])
+best = model.eval().recommend(history, timestamps=history * 1000, top_k=4)
+print(json.dumps([best.item_ids.tolist(), best.scores.tolist()]))
+"""
+
+OFFLINE = """
+import json, torch
+from grzoo.models import AutoModelForRetrieval
+
+model = AutoModelForRetrieval.from_pretrained("me/hstu")
+history = torch.tensor([[1, 2, 3]])
+best = model.recommend(history, timestamps=history * 1000, top_k=4)
+print(json.dumps([best.item_ids.tolist(), best.scores.tolist()]))
 """
 
 
@@ -133,14 +149,21 @@ def test_push_and_pull_carry_tables_of_one_commit(tmp_path):
         "NO_PROXY": "127.0.0.1",
     }
     try:
-        run(CHILD, environment, str(tmp_path / "export"))
+        (tmp_path / "export").mkdir()
+        (tmp_path / "export" / "README.md").write_text("a card, as any other file of the folder")
+        trained = run(CHILD, environment, str(tmp_path / "export"))
         assert {"config.json", "model.safetensors", "embeddings.safetensors.index.json"} <= set(Hub.commits[1])
         assert any(name.startswith("embeddings-") for name in Hub.commits[1])
+        assert set(os.listdir(tmp_path / "export")) <= set(Hub.commits[1])  # everything, the card too
     finally:
         server.shutdown()
+    offline = run(OFFLINE, environment | {"HF_HUB_OFFLINE": "1"})  # after the pull, without the hub
+    assert offline == trained
 
 
 def run(script, environment, *arguments):
+    """The last line that a script prints, as JSON."""
     child = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
     if child.returncode:
         pytest.fail(child.stderr)
+    return json.loads(child.stdout.splitlines()[-1])
