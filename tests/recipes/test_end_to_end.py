@@ -252,3 +252,11 @@ def test_a_mistake_under_the_launcher_ends_all_ranks(tmp_path):
     assert errors.count("error: ") == 1
     assert "nowhere" in errors
     assert "Traceback" not in errors
+
+
+def test_an_export_of_a_checkpoint_has_a_card_and_begins_another_run(inside):
+    run_here(export, "--checkpoint", "out/checkpoint-6", "--output_dir", "half", "--row_dtype", "bfloat16")
+    card = (inside / "half" / "README.md").read_text()
+    assert "train.py --" in card and "checkpoint-6" in card and "hr@5" in card
+    options = "--output_dir warm --dataset_dir data --max_steps 1 --top_k 5 --init_from half".split()
+    assert "began with the weights and rows of half" in launch("train", *MICRO, *options, cwd=inside)
