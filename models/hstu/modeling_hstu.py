@@ -9,6 +9,7 @@ from grzoo.embeddings import DynamicEmbeddingCollection
 from grzoo.models.base import GenRecPreTrainedModel
 from grzoo.models.ops.hstu_attention import HSTU_ATTENTION_FUNCTIONS
 from grzoo.models.ops.keyed_dropout import keyed_dropout
+from grzoo.models.ops.norm_gate_dropout import norm_gate_dropout
 from grzoo.models.ops.sampled_softmax import sampled_softmax_loss
 from grzoo.models.ops.sampled_softmax.naive import l2_normalize
 from grzoo.models.outputs import GenRecModelOutput, RetrievalModelOutput, RetrievalOutput
@@ -66,9 +67,14 @@ class HSTULayer(GradientCheckpointingLayer):
             time_table=self.time_bias,
         )
         attended = attended.flatten(1)
-        gated = F.layer_norm(attended, attended.shape[-1:], eps=self.config.layer_norm_eps) * u
-        if token_keys is not None:
-            gated = keyed_dropout(gated, self.config.hidden_dropout, token_keys, self.dropout_site)
+        gated = norm_gate_dropout(
+            attended,
+            u,
+            eps=self.config.layer_norm_eps,
+            p=self.config.hidden_dropout,
+            token_keys=token_keys,
+            site=self.dropout_site,
+        )
         return self.o_proj(gated) + hidden_states
 
 
@@ -87,7 +93,7 @@ def _by_layer(name: str) -> Any:
     return attend
 
 
-for _name in ("auto", "host", "naive"):
+for _name in ("auto", "host", "naive", "triton"):
     AttentionInterface.register(_name, _by_layer(_name))
 
 

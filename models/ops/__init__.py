@@ -2,6 +2,7 @@
 
 from .hstu_attention import hstu_attention, hstu_attention_eager, hstu_attention_host, hstu_attention_naive
 from .keyed_dropout import keyed_dropout, keyed_dropout_naive
+from .norm_gate_dropout import norm_gate_dropout, norm_gate_dropout_naive
 from .sampled_softmax import (
     sampled_logits,
     sampled_logits_naive,
@@ -17,6 +18,8 @@ __all__ = [
     "hstu_attention_naive",
     "keyed_dropout",
     "keyed_dropout_naive",
+    "norm_gate_dropout",
+    "norm_gate_dropout_naive",
     "sampled_logits",
     "sampled_logits_naive",
     "sampled_softmax_loss",

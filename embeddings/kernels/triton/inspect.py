@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +107,11 @@ def compile_variant(variant: Variant, target: str) -> Any:
 
 def inspect(variant: Variant, target: str) -> Report:
     """Compile one variant and read what can be read without a device."""
-    compiled = compile_variant(variant, target)
+    return report(variant, target, compile_variant(variant, target))
+
+
+def report(variant: Variant, target: str, compiled: Any) -> Report:
+    """Read registers, spills and widths from a compiled kernel."""
     if target.startswith("sm"):
         loads, stores = (_ptx_width(compiled.asm["ptx"], op) for op in ("ld", "st"))
         registers, spills = _cubin_usage(compiled.asm["cubin"])
@@ -151,6 +155,15 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
     return (int(found.group(1)), int(found.group(2))) if found else (-1, -1)
 
 
+def write_reports(reports: Iterable[Report], output: Path | None) -> None:
+    """Write one CSV row per report to a file, or to standard output."""
+    stream = output.open("w", newline="") if output else sys.stdout
+    with stream:
+        writer = csv.DictWriter(stream, [f.name for f in fields(Report)])
+        writer.writeheader()
+        writer.writerows(asdict(found) for found in reports)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write one CSV row per variant and target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,13 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 64, 100], help="row widths to compile for")
     parser.add_argument("--output", type=Path, help="CSV file; default: standard output")
     options = parser.parse_args(arguments)
-    stream = options.output.open("w", newline="") if options.output else sys.stdout
-    with stream:
-        writer = csv.DictWriter(stream, [f.name for f in fields(Report)])
-        writer.writeheader()
-        for variant in variants(options.widths):
-            for target in options.targets:
-                writer.writerow(asdict(inspect(variant, target)))
+    found = (inspect(variant, target) for variant in variants(options.widths) for target in options.targets)
+    write_reports(found, options.output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from grzoo.embeddings.kernels.host.build import cache_folder, find_compiler, loc
 logger = logging.getLogger(__name__)
 
 OPS = Path(__file__).parent.parent
-SOURCES = tuple(OPS / op / "host.cpp" for op in ("hstu_attention", "keyed_dropout", "sampled_softmax"))
+SOURCES = tuple(
+    OPS / op / "host.cpp" for op in ("hstu_attention", "keyed_dropout", "norm_gate_dropout", "sampled_softmax")
+)
 # No -march: a source is compiled for several instruction sets inside (dispatch.h) and picks one at run time.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"),

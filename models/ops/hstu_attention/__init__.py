@@ -2,6 +2,7 @@
 
 import torch
 from grzoo.models.ops.host import available
+from grzoo.models.ops.triton_available import has_triton
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -22,10 +23,33 @@ def hstu_attention_auto(
 ) -> Tensor:
     """`hstu_attention_naive` (formula and shapes there) by the fastest path for these tensors.
 
-    On a CPU: the C++ path, unless there is no compiler (said once) or the tensors are float64; elsewhere the eager one.
+    On a CPU: the C++ path, unless there is no compiler (said once); on a GPU: the Triton kernels, where Triton is
+    installed. The eager one elsewhere, and for float64.
     """
-    on_host = query.device.type == "cpu" and query.dtype != torch.float64 and available()
-    function = hstu_attention_host if on_host else hstu_attention_eager
+    function = hstu_attention_eager
+    if query.dtype != torch.float64:
+        if query.device.type == "cpu" and available():
+            function = hstu_attention_host
+        elif query.device.type == "cuda" and has_triton():
+            function = hstu_attention_triton
+    return function(
+        query, key, value, layout, max_length=max_length, position_table=position_table, time_table=time_table
+    )
+
+
+def hstu_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: JaggedLayout,
+    *,
+    max_length: int,
+    position_table: Tensor,
+    time_table: Tensor | None = None,
+) -> Tensor:
+    """`hstu_attention_naive` (formula and shapes there) by Triton kernels; see triton.py, which needs Triton."""
+    from .triton import hstu_attention_triton as function
+
     return function(
         query, key, value, layout, max_length=max_length, position_table=position_table, time_table=time_table
     )
@@ -36,6 +60,7 @@ HSTU_ATTENTION_FUNCTIONS = {
     "eager": hstu_attention_eager,
     "host": hstu_attention_host,
     "naive": hstu_attention_naive,
+    "triton": hstu_attention_triton,
 }
 
 
@@ -70,4 +95,5 @@ __all__ = [
     "hstu_attention_eager",
     "hstu_attention_host",
     "hstu_attention_naive",
+    "hstu_attention_triton",
 ]

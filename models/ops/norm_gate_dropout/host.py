@@ -1,0 +1,102 @@
+"""LayerNorm, gate and keyed dropout in C++ on the host: one pass, nothing kept but the inputs."""
+
+import ctypes
+
+import torch
+from grzoo.embeddings.keyed import fold
+from grzoo.models.ops.host import HIGHEST_LEVEL, library
+from torch import Tensor
+
+
+def norm_gate_dropout_host(
+    x: Tensor, gate: Tensor, *, eps: float, p: float = 0.0, token_keys: Tensor | None = None, site: int = 0
+) -> Tensor:
+    """`norm_gate_dropout_naive` (formula and shapes there) on float32 CPU tensors, the same mask bit for bit.
+
+    Raises:
+        ValueError: for another device or dtype.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or gate.dtype != torch.float32:
+        raise ValueError(
+            f"The host kernel takes float32 CPU tensors, got {x.dtype} and {gate.dtype} on {x.device}: "
+            "use norm_gate_dropout."
+        )
+    row_keys = None if token_keys is None else fold(token_keys, site)
+    assert row_keys is None or isinstance(row_keys, Tensor)
+    out: Tensor = _norm_gate_dropout(x, gate, row_keys, eps, p)
+    return out
+
+
+@torch.library.custom_op("grzoo::norm_gate_dropout_host", mutates_args=(), device_types="cpu")
+def _norm_gate_dropout(x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float) -> Tensor:
+    out = torch.empty(x.shape)
+    _run(x, gate, None, row_keys, eps, p, out, None)
+    return out
+
+
+@_norm_gate_dropout.register_fake
+def _(x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("grzoo::norm_gate_dropout_host_backward", mutates_args=(), device_types="cpu")
+def _norm_gate_dropout_backward(
+    grad: Tensor, x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float
+) -> tuple[Tensor, Tensor]:
+    dx, dgate = torch.empty(x.shape), torch.empty(x.shape)
+    _run(x, gate, grad, row_keys, eps, p, dx, dgate)
+    return dx, dgate
+
+
+@_norm_gate_dropout_backward.register_fake
+def _(grad: Tensor, x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))  # type: ignore[return-value]
+
+
+def _run(
+    x: Tensor,
+    gate: Tensor,
+    grad: Tensor | None,
+    row_keys: Tensor | None,
+    eps: float,
+    p: float,
+    out: Tensor,
+    dgate: Tensor | None,
+) -> None:
+    x, gate, grad = (None if a is None else a if a.stride(1) == 1 or a.shape[1] <= 1 else a.contiguous()
+                     for a in (x, gate, grad))  # fmt: skip
+    assert x is not None and gate is not None
+    keys = None if row_keys is None else row_keys.contiguous()
+    call = _Call(
+        *x.shape,
+        *(0 if a is None else a.stride(0) for a in (x, gate, grad)),
+        *(None if a is None else a.data_ptr() for a in (x, gate, grad, keys, out, dgate)),
+        *(round(p * 2**24), 1 / (1 - p), eps, torch.get_num_threads(), HIGHEST_LEVEL),
+    )
+    if library().grzoo_norm_gate_dropout(ctypes.byref(call)):
+        raise MemoryError("The normalisation on the host found no memory for its rows.")
+
+
+class _Call(ctypes.Structure):  # GrzooNormGate of host.cpp
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "x_stride", "gate_stride", "grad_stride")),
+        *((name, ctypes.c_void_p) for name in ("x", "gate", "grad", "row_keys", "out", "dgate")),
+        ("threshold", ctypes.c_uint64),
+        ("kept", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+        ("level", ctypes.c_int32),
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.eps, ctx.p = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    dx, dgate = _norm_gate_dropout_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.p)
+    return dx, dgate, None, None, None
+
+
+_norm_gate_dropout.register_autograd(_backward, setup_context=_setup_context)
