@@ -46,7 +46,7 @@ struct GrzooNormGate {
 
 // 0: done, 1: out of memory.
 EXPORT int grzoo_norm_gate_dropout(const GrzooNormGate* call) {
-    constexpr int64_t kRows = 256;
+    constexpr int64_t kRows = 256, kScratchRows = 3;
     constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
     try {
         std::vector<uint64_t> addends(call->columns);
@@ -57,8 +57,10 @@ EXPORT int grzoo_norm_gate_dropout(const GrzooNormGate* call) {
         const NormGate s{call->columns, call->x_stride, call->gate_stride, call->grad_stride, call->x, call->gate, call->grad,
                          call->row_keys, addends.data(), call->threshold << 40, call->kept, call->eps, call->out, call->dgate};
         const int level = std::min(call->level, instruction_set());
+        const int64_t padded = (call->columns + 7) / 8 * 8;
         const int64_t tasks = (call->rows + kRows - 1) / kRows;
-        const bool done = parallel_tasks(tasks, call->threads, 3 * call->columns, [&](int64_t task, float* scratch) {
+        const bool done = parallel_tasks(tasks, call->threads, kScratchRows * padded, [&](int64_t task, float* scratch) {
+            std::fill(scratch, scratch + kScratchRows * padded, 0.0f);   // the lanes beyond a row are never written
             const int64_t first = task * kRows, end = std::min(call->rows, first + kRows);
             if (call->grad == nullptr)
                 GRZOO_CALL(level, forward_rows, s, first, end, scratch);
