@@ -48,7 +48,7 @@ def variants(dtype: str, width: int, target: str) -> Iterator[tuple[Variant, Lau
 def compile_variant(variant: Variant, launch: Launch, dtype: str, target: str) -> Any:
     """Return Triton's compiled kernel; nothing is loaded on a device."""
     names = variant.kernel.arg_names
-    constants = dict(variant.constants)
+    constants: dict[str, int | str] = dict(variant.constants)
     if "PRECISION" in names:
         constants["PRECISION"] = "ieee" if target.startswith("gfx") else "tf32x3"
     types = _TYPES | dict.fromkeys(_TOKENS, f"*{dtype}")

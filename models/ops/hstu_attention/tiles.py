@@ -1,5 +1,6 @@
 """Which tiles of which sequences the programs of a Triton kernel work on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -69,6 +70,6 @@ def diagonal_tiles(layout: JaggedLayout, tile: int) -> DiagonalTiles:
     return tiles
 
 
-def _columns(entries: list[tuple[int, ...]], width: int, device: torch.device) -> list[Tensor]:
+def _columns(entries: Sequence[tuple[int, ...]], width: int, device: torch.device) -> list[Tensor]:
     table = torch.tensor(entries, dtype=torch.int32).reshape(-1, width).T.contiguous()
     return list(table.to(device, non_blocking=True))

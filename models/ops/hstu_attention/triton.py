@@ -185,7 +185,8 @@ def _hstu_attention_backward(
                 *sources, dkey, dvalue, cu_seq_lens, tiles[2], tiles[3], *tables, *_strides(*sources, dkey, dvalue),
                 max_length, 1.0, float(max_length), **constants, POSITION=1, TIMES=0, **options,
             )  # fmt: skip
-    return (*gradients, *_bias_gradients(sources, cu_seq_lens, tables, time_table, diagonals, max_length, constants))
+    dtables = _bias_gradients(sources, cu_seq_lens, tables, time_table, diagonals, max_length, constants)
+    return dquery, dkey, dvalue, *dtables
 
 
 @_hstu_attention_backward.register_fake

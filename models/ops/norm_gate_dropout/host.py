@@ -63,9 +63,7 @@ def _run(
     out: Tensor,
     dgate: Tensor | None,
 ) -> None:
-    x, gate, grad = (None if a is None else a if a.stride(1) == 1 or a.shape[1] <= 1 else a.contiguous()
-                     for a in (x, gate, grad))  # fmt: skip
-    assert x is not None and gate is not None
+    x, gate, grad = _dense(x), _dense(gate), None if grad is None else _dense(grad)
     keys = None if row_keys is None else row_keys.contiguous()
     call = _Call(
         *x.shape,
@@ -75,6 +73,10 @@ def _run(
     )
     if library().grzoo_norm_gate_dropout(ctypes.byref(call)):
         raise MemoryError("The normalisation on the host found no memory for its rows.")
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 class _Call(ctypes.Structure):  # GrzooNormGate of host.cpp
