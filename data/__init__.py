@@ -9,6 +9,7 @@ from .collator import EvalCollator, GenRecCollator, GlobalStep, MicroBatch
 from .dataset import EventDataset, JaggedRows
 from .loader import EvalLoader, StepLoader
 from .negatives import SharedNegatives, UniformNegatives
+from .ranking import ExposureWindows, RankingCollator, RankingSamples
 from .sampler import GlobalBatchSampler, permute
 from .schema import DatasetSchema, FeatureSpec
 from .windows import EveryTarget, RecentFirst, Samples, SlidingWindows, StochasticLength
@@ -22,6 +23,7 @@ __all__ = [
     "DatasetSchema",
     "EvalCollator",
     "EvalLoader",
+    "ExposureWindows",
     "EventDataset",
     "EveryTarget",
     "FeatureSpec",
@@ -32,6 +34,8 @@ __all__ = [
     "JaggedRows",
     "MicroBatch",
     "MicroBatchPlan",
+    "RankingCollator",
+    "RankingSamples",
     "RecentFirst",
     "Samples",
     "SharedNegatives",

@@ -25,14 +25,15 @@ class GlobalStep:
     step: number of the optimizer step, from 0.  epoch, cursor: position at which its global batch starts; end: the
     position after. micro_batches: this rank's, the same number on every rank, possibly empty ones.
     num_items_in_batch: trained positions over ALL ranks and micro-batches, the denominator of the loss (at least 1,
-    so that a batch without any has loss 0).  num_users, num_tokens: of the global batch.
+    so that a batch without any has loss 0); one number per task where there are several labels.
+    num_users, num_tokens: of the global batch.
     """
 
     step: int
     epoch: int
     cursor: int
     micro_batches: list[MicroBatch]
-    num_items_in_batch: int
+    num_items_in_batch: int | tuple[int, ...]
     num_users: int
     num_tokens: int
     end: tuple[int, int] = (0, 0)
@@ -81,6 +82,8 @@ class GenRecCollator:
     have none.
     """
 
+    samples_type: type[Samples] = Samples
+
     def __init__(
         self,
         dataset: EventDataset,
@@ -112,6 +115,14 @@ class GenRecCollator:
         samples = self.windows.select(indices, epoch)
         kept = samples.num_labels > 0
         return samples if kept.all() else samples[kept]
+
+    def num_items(self, samples: Samples) -> int | tuple[int, ...]:
+        """The denominator of the loss of a step of these samples, at least 1."""
+        return max(1, int(samples.num_labels.sum()))
+
+    def longest_sample(self) -> int:
+        """Tokens of the longest sample of the split."""
+        return min(self.max_length, int(self.dataset.lengths.max(initial=1)) - 1)
 
     def draw_shared(self, samples: Samples, step: int) -> SharedDraw | None:
         """The negatives that all positions of the step share, or None; `samples`: its whole global batch."""

@@ -59,7 +59,9 @@ class _Steps(Dataset[_CompactStep]):
     def receive(self, sent: _CompactStep, receiver: Receiver, pin_memory: bool) -> GlobalStep:
         """The step that a worker sent."""
         arrays = receiver.unpack(sent.parcel)
-        return self._expanded(sent.step, _nested(arrays, sent.num_micro_batches), pin_memory)
+        return self._expanded(
+            sent.step, _nested(arrays, sent.num_micro_batches, self.collator.samples_type), pin_memory
+        )
 
     def _expanded(self, step: GlobalStep, batches: list[CompactBatch], pin_memory: bool) -> GlobalStep:
         expanded = [self.collator.expand(batch, step.step, pin_memory) for batch in batches]
@@ -81,7 +83,7 @@ class _Steps(Dataset[_CompactStep]):
             epoch=epoch,
             cursor=cursor,
             micro_batches=[],
-            num_items_in_batch=max(1, int(samples.num_labels.sum())),
+            num_items_in_batch=self.collator.num_items(samples),
             num_users=len(indices),
             num_tokens=int(tokens.sum()),
             end=self.sampler.next_position(epoch, cursor),
@@ -99,13 +101,13 @@ def _flat(number: int, batch: CompactBatch) -> Iterator[tuple[str, NDArray[Any]]
             yield f"{number}/{part}/{name}", values
 
 
-def _nested(arrays: Arrays, num_micro_batches: int) -> list[CompactBatch]:
+def _nested(arrays: Arrays, num_micro_batches: int, samples_type: type[Samples]) -> list[CompactBatch]:
     """The micro-batches of arrays that `_flat` has named."""
     parts: list[dict[str, Arrays]] = [{part: {} for part in _PARTS} for _ in range(num_micro_batches)]
     for key, values in arrays.items():
         number, part, name = key.split("/", 2)
         parts[int(number)][part][name] = values
-    return [CompactBatch(Samples(**part["samples"]), part["values"], part["drawn"]) for part in parts]
+    return [CompactBatch(samples_type(**part["samples"]), part["values"], part["drawn"]) for part in parts]
 
 
 def _as_is(step: Any) -> Any:
@@ -216,7 +218,7 @@ class StepLoader:
 def _check_budget(collator: GenRecCollator, max_tokens: int | None) -> None:
     if max_tokens is None or not len(collator.dataset):
         return
-    longest = min(collator.max_length, int(collator.dataset.lengths.max()) - 1)
+    longest = collator.longest_sample()
     if longest > max_tokens:
         raise ValueError(
             f"max_tokens_per_device={max_tokens} is below the longest sequence of {longest} tokens: raise it "

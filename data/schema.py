@@ -35,7 +35,8 @@ class DatasetSchema:
     id_mapping: how an item's original id became its int64 model id: "identity" (it was that integer), "vocabulary"
     (its number in `items.parquet`) or "hash" (xxh3_64 of its UTF-8 text, as a signed integer).
     user_id_dtype: "int64" or "string".  split: kind and arguments of the split.  statistics: users, items, events per
-    split. source: where the events came from, in words.
+    split. source: where the events came from, in words.  ranking: which event columns are what to a ranking model:
+    tasks, user_features, event_features, item_features, cross_features; empty when the folder was prepared without.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DatasetSchema:
     split: Mapping[str, Any] = field(default_factory=dict)
     statistics: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    ranking: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

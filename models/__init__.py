@@ -4,6 +4,8 @@ from transformers import AutoConfig, AutoModel
 
 from .auto import AutoModelForRanking, AutoModelForRetrieval
 from .base import GenRecPreTrainedModel
+from .dlrm import DLRMConfig, DLRMForRanking, DLRMModel
+from .dlrm_hstu import DLRMHSTUConfig, DLRMHSTUForRanking, DLRMHSTUModel
 from .hstu import HSTUConfig, HSTUForRetrieval, HSTUModel
 from .mtgr import MTGRConfig, MTGRForRanking, MTGRModel
 from .outputs import GenRecModelOutput, RankingModelOutput, RetrievalModelOutput, RetrievalOutput
@@ -15,10 +17,23 @@ AutoModelForRetrieval.register(HSTUConfig, HSTUForRetrieval, exist_ok=True)
 AutoConfig.register(MTGRConfig.model_type, MTGRConfig, exist_ok=True)
 AutoModel.register(MTGRConfig, MTGRModel, exist_ok=True)
 AutoModelForRanking.register(MTGRConfig, MTGRForRanking, exist_ok=True)
+for _config, _model, _ranking in (
+    (DLRMConfig, DLRMModel, DLRMForRanking),
+    (DLRMHSTUConfig, DLRMHSTUModel, DLRMHSTUForRanking),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForRanking.register(_config, _ranking, exist_ok=True)
 
 __all__ = [
     "AutoModelForRanking",
     "AutoModelForRetrieval",
+    "DLRMConfig",
+    "DLRMForRanking",
+    "DLRMHSTUConfig",
+    "DLRMHSTUForRanking",
+    "DLRMHSTUModel",
+    "DLRMModel",
     "GenRecModelOutput",
     "GenRecPreTrainedModel",
     "HSTUConfig",

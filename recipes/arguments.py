@@ -40,6 +40,8 @@ class DataArguments:
     shuffle_block_size: int | None = option(
         None, "Shuffle blocks of so many rows, for logs larger than the page cache; default: all rows."
     )
+    max_candidates: int = option(50, "Ranking: exposures of a user in one sample at most.")
+    num_recent: int = option(20, "Ranking: events before a sample's first exposure that count as real-time history.")
     dataloader_num_workers: int = option(0, "Processes that build batches; 0: in the training process.")
 
 

@@ -8,7 +8,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from grzoo.recipes.arguments import CommonArguments, EvaluationArguments, option
@@ -16,6 +16,7 @@ from grzoo.recipes.dataset_folder import has_split, load
 from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.loading import load_model
 from grzoo.recipes.parsing import parse
+from grzoo.recipes.ranking import RankingEvaluator, is_ranking
 from grzoo.recipes.report import metrics_table
 from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
 
@@ -27,6 +28,8 @@ class EvaluateArguments:
     model: str | None = option(None, "An export folder, or a checkpoint-N of a training run.")
     dataset_dir: str | None = option(None, "A dataset folder.")
     split: Literal["validation", "test"] = option("test", "Which events to rank.")
+    max_candidates: int = option(50, "Ranking: as in training, exposures of a user in one sample at most.")
+    num_recent: int = option(20, "Ranking: as in training, events before a sample that count as real-time history.")
     output_file: str | None = option(None, "Also write the metrics as JSON.")
 
 
@@ -43,10 +46,24 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     with user_errors():
         model = load_model(Path(arguments.model), group).to(device)
         length = model.config.max_sequence_length
-        evaluator = Evaluator(data.folder, arguments.split, data.catalogue, evaluation, runtime, max_length=length)
+        evaluator: Any
+        if is_ranking(model.config.model_type):
+            evaluator = RankingEvaluator(
+                data.folder,
+                arguments.split,
+                data.catalogue,
+                model.config,
+                runtime,
+                batch_size=evaluation.eval_batch_size,
+                max_candidates=arguments.max_candidates,
+                num_recent=arguments.num_recent,
+            )
+        else:
+            evaluator = Evaluator(data.folder, arguments.split, data.catalogue, evaluation, runtime, max_length=length)
         metrics, baseline = evaluator(model), evaluator.popularity()
-    filtered = "left out" if evaluation.exclude_seen else "kept in"
-    runtime.say(f"{arguments.split} split of {data.schema.name}, full ranking, seen items {filtered}")
+    seen = "left out" if evaluation.exclude_seen else "kept in"
+    protocol = "every exposure once" if is_ranking(model.config.model_type) else f"full ranking, seen items {seen}"
+    runtime.say(f"{arguments.split} split of {data.schema.name}, {protocol}")
     runtime.say(metrics_table(metrics, baseline))
     if arguments.output_file and runtime.is_main:
         Path(arguments.output_file).write_text(json.dumps({"eval": metrics, "popularity": baseline}, indent=1) + "\n")

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from grzoo.embeddings.engine.checkpoint import verify_checkpoint
 from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.io import load_tables
-from grzoo.models import AutoModelForRetrieval
+from grzoo.models import AutoModelForRanking, AutoModelForRetrieval
+from grzoo.models.ranking import RankingConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,13 +30,14 @@ def load_model(path: Path, process_group: dist.ProcessGroup | None = None) -> An
         ValueError: on all ranks, when a file of a checkpoint is missing or damaged (all checksums are compared).
     """
     if (path / "config.json").is_file():
-        return AutoModelForRetrieval.from_pretrained(str(path), process_group=process_group).eval()
+        model_type = json.loads((path / "config.json").read_text())["model_type"]
+        return auto_class(CONFIG_MAPPING[model_type]).from_pretrained(str(path), process_group=process_group).eval()
     if not is_checkpoint(path):
         raise UserError(f"{path} holds no model: give an export folder or a complete checkpoint-N of a training run")
     verify_checkpoint(path, Exchange(process_group))
     options = checkpoint_state(path)["model_config"]
     config = CONFIG_MAPPING[options["model_type"]].from_dict(options)
-    model = AutoModelForRetrieval.from_config(config)
+    model = auto_class(type(config)).from_config(config)
     model.load_state_dict(dense_weights(path))
     model.embeddings.set_process_group(process_group)
     load_tables(model.embeddings, path, state=False)
@@ -67,6 +69,11 @@ def warm_start(model: Any, path: Path) -> None:
 def warm_start_tables(model: Any, path: Path) -> None:
     """Load the rows of a folder with fresh optimizer state. Collective."""
     load_tables(model.embeddings, path, state=False, tables=model.embeddings.table_names)
+
+
+def auto_class(config_class: type) -> Any:
+    """The auto class of a model with this configuration."""
+    return AutoModelForRanking if issubclass(config_class, RankingConfig) else AutoModelForRetrieval
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from grzoo.models.ranking import RankingConfig
 from huggingface_hub import EvalResult, ModelCardData
 
 from .dataset_folder import LoadedData
+from .loading import auto_class
 from .report import metrics_table
 from .summary import versions
 
@@ -14,18 +16,18 @@ _TEMPLATE = """---
 
 # {name}
 
-{kind} for retrieval, trained on {dataset} with dynamic embedding tables by grzoo.
+{kind} for {task}, trained on {dataset} with dynamic embedding tables by grzoo.
 
 ```python
-from grzoo import AutoModelForRetrieval, GenRecProcessor
+from grzoo import {auto_class}, GenRecProcessor
 
-model = AutoModelForRetrieval.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}")
 processor = GenRecProcessor.from_pretrained("{name}")
 ```
 
 ## Results
 
-{split} split, full ranking of {items:,} items; the baseline recommends the items with the most training events.
+{split} split, {protocol}; the baseline prefers the items with the most training events.
 
 ```
 {table}
@@ -52,6 +54,7 @@ def model_card(
     split: str = "test",
 ) -> str:
     """Markdown with YAML metadata: results, data, command and conditions of one run."""
+    ranks = isinstance(model.config, RankingConfig)
     name = f"{model.config.model_type}-{data.schema.name}"
     results = [
         EvalResult(
@@ -75,7 +78,9 @@ def model_card(
         kind=type(model).__name__,
         dataset=data.schema.name,
         split=split.capitalize(),
-        items=len(data.catalogue),
+        task="ranking" if ranks else "retrieval",
+        auto_class=auto_class(type(model.config)).__name__,
+        protocol="every exposure once" if ranks else f"full ranking of {len(data.catalogue):,} items",
         table=metrics_table(metrics, baseline),
         command=command,
         conditions="\n".join(f"- {key}: {value}" for key, value in {**conditions, **versions()}.items()),

@@ -7,7 +7,7 @@ from typing import Any
 from .metrics_log import read_metrics
 
 PHASES = ("data", "prepare", "fetch", "forward", "backward", "reduce", "step")
-_TABLE = ("ndcg@10", "hr@10", "hr@50", "hr@200", "mrr")
+_TABLE = ("ndcg@10", "hr@10", "hr@50", "hr@200", "mrr", "auc", "gauc", "logloss", "ne")
 
 
 def write_report(output_dir: Path, *, title: str, conditions: dict[str, Any]) -> Path:
@@ -80,7 +80,8 @@ def _plots(output_dir: Path, training: Sequence[dict[str, Any]], evaluations: Se
         written.append(_plot(output_dir / "loss.png", training, ["train/loss"]))
         written.append(_plot(output_dir / "throughput.png", training, ["train/tokens_per_second"]))
     if evaluations:
-        written.append(_plot(output_dir / "ranking.png", evaluations, ["eval/ndcg@10", "eval/hr@10"]))
+        shown = ["eval/auc", "eval/gauc"] if "eval/auc" in evaluations[-1] else ["eval/ndcg@10", "eval/hr@10"]
+        written.append(_plot(output_dir / "ranking.png", evaluations, shown))
     return written
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from grzoo.models.ranking import RankingConfig
 
 from .dataset_folder import LoadedData
 from .runtime import Runtime
@@ -30,8 +31,8 @@ def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int
         f"{data.train.num_events:,} training events, evaluated on {data.evaluation_split}",
         "ranks": f"{runtime.world_size} on {_device_name(engine.device)}, ZeRO stage {engine.config.stage}, "
         f"{engine.config.dtype}, table kernels {_backends(engine)}",
-        "step": f"{step.global_batch_size} users over all ranks, {_budget(step)}, {step.num_negatives} "
-        f"{step.negative_sampling} negatives, {total_steps:,} steps",
+        "step": f"{step.global_batch_size} users over all ranks, {_budget(step)}, "
+        f"{_labels(settings, model)}, {total_steps:,} steps",
         "optimizers": f"dense adamw lr {optimizer.learning_rate:g}, tables {optimizer.sparse_optimizer} lr "
         f"{optimizer.table_learning_rate:g}, schedule {optimizer.lr_scheduler_type}, "
         f"clipping {optimizer.max_grad_norm or 'off'}, seed {settings.training.seed}",
@@ -67,6 +68,15 @@ def _device_name(device: torch.device) -> str:
 def _backends(engine: Any) -> str:
     """The kernels that the tables really use."""
     return ", ".join(sorted({table.backend.name for table in engine.collection.physical}))
+
+
+def _labels(settings: Settings, model: Any) -> str:
+    """Negatives of a retrieval model, candidates of a ranking model."""
+    if isinstance(model.config, RankingConfig):
+        return (
+            f"at most {settings.data.max_candidates} exposures of a user, tasks {', '.join(model.config.tasks or [])}"
+        )
+    return f"{settings.step.num_negatives} {settings.step.negative_sampling} negatives"
 
 
 def _budget(step: Any) -> str:

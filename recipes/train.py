@@ -1,4 +1,4 @@
-"""Trains a retrieval model over dynamic embedding tables through DeepSpeed.
+"""Trains a retrieval or ranking model over dynamic embedding tables through DeepSpeed.
 
     python recipes/train.py --output_dir outputs/laptop                               # generated log, one CPU process
     deepspeed --num_accelerators 2 recipes/train.py --config recipes/configs/hstu_ml1m.yaml \\
@@ -6,13 +6,15 @@
     deepspeed --module grzoo.recipes.train --config hstu_ml1m --output_dir outputs/hstu_ml1m       # installed
 
 `output_dir` gets metrics.jsonl, checkpoint-N/, report.md with plots, recommendations.json and export/, which
-`AutoModelForRetrieval.from_pretrained` loads. `--help` lists all settings.
+`AutoModelForRetrieval.from_pretrained` (a ranking model: `AutoModelForRanking`) loads. `--help` lists all settings.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grzoo.data import StepLoader
 from grzoo.embeddings.engine.folder import candidates
 from grzoo.recipes.assembly import build_engine, build_loader, build_model, build_model_config
 from grzoo.recipes.dataset_folder import LoadedData, find_or_prepare, has_split, load
@@ -21,6 +23,13 @@ from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
 from grzoo.recipes.loading import warm_start, warm_start_tables
 from grzoo.recipes.metrics_log import MetricsLog
+from grzoo.recipes.ranking import (
+    build_ranking_config,
+    build_ranking_loader,
+    build_ranking_model,
+    is_ranking,
+    ranking_evaluators,
+)
 from grzoo.recipes.recommending import recommend_to_row, table
 from grzoo.recipes.report import metrics_table, write_report
 from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
@@ -36,12 +45,10 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         deepspeed = resolve(settings.training.deepspeed_config, settings.step, settings.optimizer, runtime.world_size)
     connect(runtime, use_cpu=settings.common.use_cpu, local_rank=settings.common.local_rank)
     data = load(find_or_prepare(settings.data, settings.data_options, runtime))
-    config = build_model_config(settings, has_timestamps=data.train.has_timestamps)
-    loader = build_loader(settings, data, config, runtime)
+    config, loader, evaluators, make_model = _parts(settings, data, runtime)
     resume_from = _checkpoint_to_resume(settings)
-    evaluators = _evaluators(settings, data, config, runtime)
     steps = total_steps(settings.training, len(loader.sampler))
-    model = build_model(settings, config)
+    model = make_model()
     init_from = Path(settings.training.init_from) if settings.training.init_from and not resume_from else None
     if init_from is not None:
         with user_errors():
@@ -85,12 +92,27 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     log.close()
 
 
+def _parts(
+    settings: Settings, data: LoadedData, runtime: Runtime
+) -> tuple[Any, StepLoader, Mapping[str, Any], Callable[[], Any]]:
+    """Config, batches, evaluators and the maker of the model, for retrieval or for ranking."""
+    config: Any
+    if is_ranking(settings.model_options.get("model_type")):
+        config = build_ranking_config(settings, data.schema)
+        loader = build_ranking_loader(settings, data, config, runtime)
+        evaluators = ranking_evaluators(settings, data, config, runtime)
+        return config, loader, evaluators, lambda: build_ranking_model(settings, config)
+    config = build_model_config(settings, has_timestamps=data.train.has_timestamps)
+    loader = build_loader(settings, data, config, runtime)
+    return config, loader, _evaluators(settings, data, config, runtime), lambda: build_model(settings, config)
+
+
 def _finish(
     settings: Settings,
     data: LoadedData,
     engine: Any,
     loop: TrainingLoop,
-    evaluators: dict[str, Evaluator],
+    evaluators: Mapping[str, Any],
     conditions: dict[str, str],
     argv: list[str],
     runtime: Runtime,
@@ -98,19 +120,23 @@ def _finish(
     """Final metrics beside the baseline, sample recommendations, the export and the report."""
     output_dir = Path(settings.training.output_dir or "")
     metrics, baseline = _final_metrics(loop, evaluators, engine)
-    sample = recommend_to_row(engine.module, data.folder, row=0, top_k=10)
+    ranks_candidates = is_ranking(engine.module.config.model_type)
+    sample = None if ranks_candidates else recommend_to_row(engine.module, data.folder, row=0, top_k=10)
     command = _command(argv)
     folder = output_dir / "export"
     export(engine, data, folder, metrics=metrics, baseline=baseline, conditions=conditions, command=command)
     if not runtime.is_main:
         return
-    (output_dir / "recommendations.json").write_text(json.dumps(sample, indent=1) + "\n")
+    if sample is not None:
+        (output_dir / "recommendations.json").write_text(json.dumps(sample, indent=1) + "\n")
     title = f"{type(engine.module).__name__} on {data.schema.name}"
     report = write_report(output_dir, title=title, conditions={**conditions, **versions(), "command": command})
     filtered = "left out" if settings.evaluation.exclude_seen else "kept in"
-    print(f"\ntest split, full ranking of {len(data.catalogue):,} items, seen items {filtered}")
+    protocol = f"full ranking of {len(data.catalogue):,} items, seen items {filtered}"
+    print(f"\ntest split, {'every exposure once' if ranks_candidates else protocol}")
     print(metrics_table(metrics, baseline))
-    print(f"\nuser {sample['user']} gets\n{table(sample)}\n")
+    if sample is not None:
+        print(f"\nuser {sample['user']} gets\n{table(sample)}\n")
     print(f"report {report}\nexport {folder}", flush=True)
 
 
@@ -120,7 +146,7 @@ def _command(argv: list[str]) -> str:
 
 
 def _final_metrics(
-    loop: TrainingLoop, evaluators: dict[str, Evaluator], engine: Any
+    loop: TrainingLoop, evaluators: Mapping[str, Any], engine: Any
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Model and baseline on the test split; what the last evaluation of this very split found is not computed again."""
     test = evaluators["test"]

@@ -17,6 +17,8 @@ from .metrics_log import MetricsLog
 from .preemption import Preemption
 from .runtime import Preempted, Runtime, UserError
 
+_SHOWN = ("ndcg@10", "hr@10", "hr@50", "mrr", "auc", "gauc", "logloss", "ne")
+
 
 @dataclass
 class Meter:
@@ -167,7 +169,7 @@ class TrainingLoop:
         line = {f"eval/{name}": value for name, value in (metrics | unknown | {"seconds": seconds}).items()}
         self.log.write(self.step, self.epoch, line)
         if self.runtime.is_main:
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("ndcg@10", "hr@10", "hr@50", "mrr"))
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in _SHOWN)
             bar.write(f"evaluation after {self.step} steps: {shown}  ({seconds:.1f} s)")
         return seconds
 

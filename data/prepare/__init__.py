@@ -13,6 +13,7 @@ from . import amazon, event_log, movielens, synthetic
 from .append import HistoryStore, append_day, days
 from .config import PrepareConfig
 from .log import EventLog, GroupedLog, group, k_core
+from .ranking import add_ranking_columns
 from .report import Report, card, report_of
 from .splits import Split, split_log
 from .writer import check_free, new_folder, schema_of, train_counts, write_items, write_splits
@@ -29,7 +30,9 @@ __all__ = [
     "prepare_log",
 ]
 
-_COMMON = frozenset({"source", "overwrite", "split", "validation", "cutoff", "test_fraction", "k_core", "id_mapping"})
+_COMMON = frozenset(
+    {"source", "overwrite", "split", "validation", "cutoff", "test_fraction", "k_core", "id_mapping", "ranking"}
+)
 _Reader = Callable[[PrepareConfig], EventLog]
 
 
@@ -72,6 +75,8 @@ def prepare_log(log: EventLog, config: PrepareConfig) -> Report:
     """Make a dataset folder of a log of events."""
     if config.k_core > 1:
         log = k_core(log, config.k_core)
+    if config.ranking:
+        log = add_ranking_columns(log)
     grouped = group(log, config.id_mapping)
     split = split_log(grouped, config)
     report = report_of(config, grouped, split)

@@ -32,6 +32,9 @@ class PrepareConfig:
         0.1, "temporal without a cutoff: this share of the events, the latest, are test events."
     )
     k_core: int = _option(0, "Drop users and items with fewer events than this, repeatedly, until none is left.")
+    ranking: bool = _option(
+        False, "Also make what ranking models read: labels, actions, genres, profiles, cross features of the past."
+    )
     id_mapping: str | None = _option(
         None, "Original item id -> model id: identity (integers), hash (text, 64 bits) or vocabulary (numbers from 1)."
     )

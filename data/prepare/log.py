@@ -18,7 +18,8 @@ class EventLog:
 
     users, items: int64 or string [events].  timestamps: int64 seconds [events] or None: then the order is the time.
     features: name -> numeric [events].  item_metadata: table with a column `item_id` of the type of `items`, unique.
-    source: where the events come from, in words.  notes: what a user of the data must know.
+    user_metadata: the same of the users, with a column `user_id`.  ranking: which features ranking models read, see
+    `ranking.py`.  source: where the events come from, in words.  notes: what a user of the data must know.
     """
 
     users: pa.Array
@@ -26,6 +27,8 @@ class EventLog:
     timestamps: Int64 | None = None
     features: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     item_metadata: pa.Table | None = None
+    user_metadata: pa.Table | None = None
+    ranking: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     notes: tuple[str, ...] = ()
 
@@ -52,6 +55,8 @@ class EventLog:
             timestamps=None if self.timestamps is None else self.timestamps[mask],
             features={name: values[mask] for name, values in self.features.items()},
             item_metadata=self.item_metadata,
+            user_metadata=self.user_metadata,
+            ranking=self.ranking,
             source=self.source,
             notes=self.notes,
         )

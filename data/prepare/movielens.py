@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from . import download
 from .config import PrepareConfig
 from .log import EventLog
+from .ranking import age_group
 from .readers import column, existing, genres, numbers, read_delimited, read_integer_lines, seconds
 
 OPTIONS: frozenset[str] = frozenset()
@@ -34,6 +35,7 @@ def read(config: PrepareConfig) -> EventLog:
     source = existing(config.source) if config.source else download.movielens(config.name)
     path, reader = _find(source, config.name)
     log = reader(path)
+    log.user_metadata = _profiles(path)
     if not config.source and config.name not in download.CHECKSUMS:
         log.notes += (f"{config.name} changes over time and has no published checksum: the download is unchecked",)
     return log
@@ -180,6 +182,36 @@ def _typed(path: Path) -> pa.Table:
     """Tab-separated text whose header gives `name:type` with the types token, token_seq, float and float_seq."""
     table = read_delimited(path, "\t")
     return table.rename_columns([name.partition(":")[0] for name in table.column_names])
+
+
+def _profiles(path: Path) -> pa.Table | None:
+    """Profiles of the users beside a file of ratings: age group, gender, occupation, first digit of the zip code."""
+    folder = path.parent
+    atomic, dat, u_user = path.with_suffix(".user"), folder / "users.dat", folder / "u.user"
+    renumbered = folder / "sas_to_original_users.txt"
+    if path.suffix == ".inter" and atomic.is_file():
+        names = {"user_id": "user_id", "age": "age", "gender": "gender", "occupation": "occupation", "zip_code": "zip"}
+        table = _typed(atomic)
+        table = table.select([name for name in names if name in table.column_names])
+        table = table.rename_columns([names[name] for name in table.column_names])
+    elif path.name == "u.data" and u_user.is_file():
+        table = read_delimited(u_user, "|", ["user_id", "age", "gender", "occupation", "zip"])
+    elif dat.is_file() and (path.name == "ratings.dat" or renumbered.is_file()):
+        table = read_delimited(dat, "::", ["user_id", "gender", "age", "occupation", "zip"])
+        if path.name != "ratings.dat":
+            values, counts = read_integer_lines(renumbered, fields=2)
+            pairs = values.reshape(len(counts), 2)
+            rows = pc.index_in(pa.array(pairs[:, 1]), value_set=table["user_id"].combine_chunks().cast(pa.int64()))
+            table = table.take(rows).set_column(0, "user_id", pa.array(pairs[:, 0]))
+    else:
+        return None
+    if "age" in table.column_names:
+        ages = table["age"].cast(pa.int64()).to_numpy()
+        table = table.set_column(table.column_names.index("age"), "age", pa.array(age_group(ages)))
+    if "zip" in table.column_names:
+        at = table.column_names.index("zip")
+        table = table.set_column(at, "zip", pc.utf8_slice_codeunits(table["zip"].cast(pa.string()), 0, 1))
+    return table
 
 
 def _joined_titles(folder: Path) -> pa.Table | None:

@@ -70,6 +70,7 @@ def schema_of(grouped: GroupedLog, name: str, split: Split, statistics: Mapping[
         split=dict(split.arguments),
         statistics=dict(statistics),
         source=short_source(grouped.log.source),
+        ranking=dict(grouped.log.ranking),
     )
 
 

@@ -28,7 +28,7 @@ class GlobalStepLike(Protocol):
     def micro_batches(self) -> Sequence[Mapping[str, Any]]: ...
 
     @property
-    def num_items_in_batch(self) -> int: ...
+    def num_items_in_batch(self) -> int | Sequence[int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,17 +224,17 @@ class GenRecEngine:
             ids = [self.module.embedding_ids(micro_batch) for micro_batch in micro_batches]  # type: ignore[operator]
             if not micro_batches:
                 raise ValueError("the step has no micro-batches: a rank without data needs an empty one")
-            if global_step.num_items_in_batch < 1:
+            if min(_counts(global_step)) < 1:
                 raise ValueError(f"num_items_in_batch is {global_step.num_items_in_batch}: nothing to train on")
         except Exception as exception:
             error = exception
         self.exchange.agree(error)
-        self._check_same_step(len(micro_batches), global_step.num_items_in_batch)
+        self._check_same_step(len(micro_batches), _counts(global_step))
         return micro_batches, self.collection.prepare(ids, insert=train)
 
-    def _check_same_step(self, num_micro_batches: int, num_items: int) -> None:
+    def _check_same_step(self, num_micro_batches: int, num_items: list[int]) -> None:
         """ZeRO's collectives inside a micro-batch would hang if ranks had different numbers of them."""
-        everyone = self.exchange.gather_ints([num_micro_batches, num_items])
+        everyone = self.exchange.gather_ints([num_micro_batches, *num_items])
         if any(rank != everyone[0] for rank in everyone):
             raise ValueError(
                 f"ranks disagree on the step, (micro-batches, num_items_in_batch) by rank: {everyone}; every rank must "
@@ -305,3 +305,9 @@ class GenRecEngine:
         from .checkpoint import load_checkpoint
 
         return load_checkpoint(self, Path(load_dir), tag)
+
+
+def _counts(global_step: GlobalStepLike) -> list[int]:
+    """The loss denominators of a step, one per task."""
+    items = global_step.num_items_in_batch
+    return [items] if isinstance(items, int) else list(items)

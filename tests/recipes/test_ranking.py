@@ -1,0 +1,59 @@
+"""Law: one command trains, evaluates and exports a ranking model; the export and the checkpoint score the same."""
+
+import json
+
+import numpy as np
+import pytest
+from grzoo.models import AutoModelForRanking
+from grzoo.recipes.evaluate import main as evaluate
+from grzoo.recipes.runtime import Runtime, UserError
+from grzoo.recipes.train import main as train
+
+MICRO = (
+    "--dataset ml-100k --source raw --dataset_dir data --data.ranking true --data.split temporal --max_length 30 "
+    "--max_candidates 10 --num_recent 5 --global_batch_size 8 --model.model_type mtgr --model.hidden_size 8 "
+    "--model.embedding_dim 4 --logging_steps 2 --use_cpu --backend naive --save_strategy no"
+).split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A raw log in the form of ml-100k, small."""
+    folder = tmp_path_factory.mktemp("ranking")
+    rng = np.random.default_rng(0)
+    (folder / "raw").mkdir()
+    lines = [f"{rng.integers(1, 21)}\t{rng.integers(1, 40)}\t{rng.integers(1, 6)}\t{1000 + t // 2}" for t in range(600)]
+    (folder / "raw" / "u.data").write_text("\n".join(lines) + "\n")
+    users = [f"{u}|{20 + u}|{'MF'[u % 2]}|writer|8571{u % 10}" for u in range(1, 21)]
+    (folder / "raw" / "u.user").write_text("\n".join(users) + "\n")
+    return folder
+
+
+def run_here(main, *arguments):
+    main(Runtime(0, 0, 1, 1), [str(argument) for argument in arguments])
+
+
+def test_one_command_trains_evaluates_and_exports(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    run_here(train, *MICRO, "--output_dir", "out", "--max_steps", 4)
+    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    written = {key for line in lines for key in line}
+    assert {"eval/auc", "eval/gauc", "eval/logloss", "eval/ne", "eval/love/auc", "popularity/auc"} <= written
+    assert {"config.json", "model.safetensors", "README.md", "schema.json"} <= {
+        p.name for p in (folder / "out/export").iterdir()
+    }
+    assert "AutoModelForRanking" in (folder / "out/export/README.md").read_text()
+    assert AutoModelForRanking.from_pretrained("out/export").config.tasks == ["like", "love"]
+    options = "--dataset_dir data --use_cpu --output_file metrics.json --max_candidates 10 --num_recent 5".split()
+    run_here(evaluate, "--model", "out/export", *options)
+    found = json.loads((folder / "metrics.json").read_text())["eval"]
+    assert set(found) == {f"{t}{m}" for t in ("", "love/") for m in ("auc", "gauc", "logloss", "ne")}
+    with pytest.raises(UserError, match=r"model.cross_features names \['clicks'\]"):
+        run_here(train, *MICRO, "--output_dir", "x", "--model.cross_features", "[clicks]")
+
+
+def test_a_folder_without_ranking_columns_is_named(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    options = [*MICRO, "--dataset_dir", "plain", "--data.ranking", "false", "--output_dir", "x"]
+    with pytest.raises(UserError, match="data.ranking to true"):
+        run_here(train, *options)
