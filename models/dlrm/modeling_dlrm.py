@@ -1,7 +1,7 @@
 """A DLRM-style baseline (arXiv 1906.00091) at the features of the other ranking models; see this folder's README."""
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import torch
 from grzoo.models.ops.keyed_dropout import keyed_dropout
@@ -29,8 +29,8 @@ class DLRMModel(DLRMPreTrainedModel, RankingBackbone):
         super().__init__(config, embedding_backend=embedding_backend)
         sizes = [config.interaction_size, *[config.mlp_size] * config.num_mlp_layers]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        upper = torch.triu_indices(config.num_vectors, config.num_vectors, offset=1)
-        self._pairs = tuple(index.tolist() for index in upper)
+        pairs = list(combinations(range(config.num_vectors), 2))
+        self._pairs = [i for i, _ in pairs], [j for _, j in pairs]
         self.post_init()
 
     @property
@@ -41,7 +41,7 @@ class DLRMModel(DLRMPreTrainedModel, RankingBackbone):
         """[C, mlp_size] for the C candidates; with dropout where the batch holds keys."""
         profile, events, candidates = self.features(batch, embeddings)
         users, owner = len(batch.layout.lengths), candidate_owners(batch)
-        profile = profile.view(users, self.features.num_user_tokens, -1).index_select(0, owner)
+        profile = profile.view(users, self.features.num_user_tokens, self.config.hidden_size).index_select(0, owner)
         history = _mean_of_past(batch, events, owner)
         vectors = torch.cat([profile, history.unsqueeze(1), candidates.unsqueeze(1)], dim=1)
         products = (vectors @ vectors.mT)[:, self._pairs[0], self._pairs[1]]
