@@ -104,8 +104,8 @@ class ExposureWindows:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def select(self, indices: ArrayLike) -> RankingSamples:
-        """The samples `indices` (int [n])."""
+    def select(self, indices: ArrayLike, epoch: int = 0) -> RankingSamples:
+        """The samples `indices` (int [n]), the same in every epoch."""
         return self._samples[np.asarray(indices, dtype=np.int64)]
 
 
