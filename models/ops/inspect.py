@@ -13,7 +13,7 @@ import triton
 from grzoo.embeddings.kernels.triton.inspect import TARGETS, Report, Variant, report, write_reports
 
 from .hstu_attention import triton_kernels
-from .hstu_attention.triton import Launch, launch_of, padded
+from .hstu_attention.triton_launch import Launch, launch_of, padded
 from .norm_gate_dropout import triton_kernels as norm_gate_kernels
 from .norm_gate_dropout.triton import shape_of
 
@@ -26,6 +26,7 @@ _TYPES = {
     **dict.fromkeys(("tile_sequence", "tile_block", "segment_tile", "segment_distance"), "*i32"),
     **dict.fromkeys(("scale", "divisor", "eps", "kept"), "fp32"),
     **dict.fromkeys(("starts", "row_keys"), "*i64"),
+    "max_distance": "i64",
 }
 NUM_BUCKETS = 129
 
@@ -36,9 +37,11 @@ def variants(dtype: str, width: int, target: str) -> Iterator[tuple[Variant, Lau
     constants = {"WIDTH_K": width, "WIDTH_V": width, "PADDED_K": padded(width), "PADDED_V": padded(width)}
     constants |= {"TILE": launch.tile, "POSITION": 1, "TIMES": 0}
     constants |= {"BUCKETS": NUM_BUCKETS, "PADDED_BUCKETS": padded(NUM_BUCKETS)}
-    for name in ("forward", "query_gradient", "key_value_gradient", "bias_gradient"):
+    by_times = constants | {"POSITION": 0, "TIMES": 2, "BUCKETS": 0}  # silu_attention
+    names = ("forward", "query_gradient", "key_value_gradient")
+    for name, chosen in [*((n, c) for c in (constants, by_times) for n in names), ("bias_gradient", constants)]:
         kernel = getattr(triton_kernels, f"{name}_kernel")
-        used = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        used = {key: value for key, value in chosen.items() if key in kernel.arg_names}
         yield Variant(kernel, used, launch.warps, width), launch
     for name in ("forward", "backward"):
         kernel = getattr(norm_gate_kernels, f"norm_gate_{name}_kernel")
@@ -52,6 +55,8 @@ def compile_variant(variant: Variant, launch: Launch, dtype: str, target: str) -
     if "PRECISION" in names:
         constants["PRECISION"] = "ieee" if target.startswith("gfx") else "tf32x3"
     types = _TYPES | dict.fromkeys(_TOKENS, f"*{dtype}")
+    if constants.get("TIMES"):
+        types |= dict.fromkeys(("query_times", "key_times"), "*i64")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     strides = [name for name in names if name.endswith(("_token", "_head", "_stride"))]
     aligned = [k for k, name in enumerate(names) if signature[name].startswith("*") or name in strides]

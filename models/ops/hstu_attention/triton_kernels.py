@@ -4,7 +4,8 @@
 Suffixes: R rows (queries) of a tile, C columns (keys), K width of query and key, V width of value. Scores are float32
 and recomputed in each kernel; products take the dtype of `value`; every sum has a fixed order.
 
-Who sees whom is causal (TIMES 0), or by the two times of a token (TIMES 1): `key_time[j] < query_time[i]`, and itself.
+Who sees whom is causal (TIMES 0), or by the two times of a token (TIMES 1): `key_time[j] < query_time[i]`, and itself;
+with TIMES 2 not farther than `max_distance` either (see silu_attention.Visibility).
 """
 
 import triton
@@ -66,14 +67,23 @@ def bias_of(
 
 
 @triton.jit
-def visible(i, j, length, start, query_times, key_times, TIMES: tl.constexpr):
+def visible(i, j, length, start, query_times, key_times, max_distance, TIMES: tl.constexpr):
     """Return bool [R, C]: whether row i sees column j."""
     inside = (i[:, None] < length) & (j[None, :] < length)
-    if TIMES:
+    if TIMES > 0:
         at_i = tl.load(query_times + start + i[:, None], mask=i[:, None] < length, other=0)
         at_j = tl.load(key_times + start + j[None, :], mask=j[None, :] < length, other=0)
-        return inside & ((at_j < at_i) | (i[:, None] == j[None, :]))
+        seen = at_j < at_i
+        if TIMES == 2:
+            seen = seen & ((at_i - at_j <= max_distance) | (at_j == -(1 << 62)))  # visibility.ALWAYS
+        return inside & (seen | (i[:, None] == j[None, :]))
     return inside & (j[None, :] <= i[:, None])
+
+
+@triton.jit
+def any_of(seen):
+    """Whether a tile has a pair at all."""
+    return tl.max(tl.max(seen.to(tl.int32), 1), 0)
 
 
 @triton.jit
@@ -87,7 +97,7 @@ def product(a, b, PRECISION: tl.constexpr):
 def forward_kernel(
     query, key, value, out, starts, tile_sequence, tile_block, position_table, time_table, query_times, key_times,
     thresholds, query_token, query_head, key_token, key_head, value_token, value_head, out_token, out_head,
-    max_length, scale, divisor,
+    max_length, max_distance, scale, divisor,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     TILE: tl.constexpr, POSITION: tl.constexpr, BUCKETS: tl.constexpr,
     TIMES: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,20 +112,24 @@ def forward_kernel(
     q_RK = load_rows(query + head * query_head, start + i, i < length, query_token, WIDTH_K, PADDED_K)
     out_RV = tl.zeros([TILE, PADDED_V], tl.float32)
     end = length
-    if not TIMES:
+    if TIMES == 0:
         end = tl.minimum(length, first + TILE)
     for column in range(0, end, TILE):
         j = column + tl.arange(0, TILE)
-        seen = visible(i, j, length, start, query_times, key_times, TIMES)
-        k_CK = load_rows(key + head * key_head, start + j, j < length, key_token, WIDTH_K, PADDED_K)
-        v_CV = load_rows(value + head * value_head, start + j, j < length, value_token, WIDTH_V, PADDED_V)
-        bias, _ = bias_of(
-            i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
-            BUCKETS,
-        )  # fmt: skip
-        s_RC = product(q_RK, tl.trans(k_CK), PRECISION) * scale + bias
-        w_RC = tl.where(seen, s_RC * tl.sigmoid(s_RC), 0.0)
-        out_RV += product(w_RC.to(v_CV.dtype), v_CV, PRECISION)
+        seen = visible(i, j, length, start, query_times, key_times, max_distance, TIMES)
+        found = 1
+        if TIMES > 0:  # a causal tile always has pairs
+            found = any_of(seen)
+        if found > 0:
+            k_CK = load_rows(key + head * key_head, start + j, j < length, key_token, WIDTH_K, PADDED_K)
+            v_CV = load_rows(value + head * value_head, start + j, j < length, value_token, WIDTH_V, PADDED_V)
+            bias, _ = bias_of(
+                i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
+                BUCKETS,
+            )  # fmt: skip
+            s_RC = product(q_RK, tl.trans(k_CK), PRECISION) * scale + bias
+            w_RC = tl.where(seen, s_RC * tl.sigmoid(s_RC), 0.0)
+            out_RV += product(w_RC.to(v_CV.dtype), v_CV, PRECISION)
     store_rows(out + head * out_head, start + i, i < length, out_token, out_RV / divisor, WIDTH_V, PADDED_V)
 
 
@@ -133,7 +147,7 @@ def slopes(q_RK, k_CK, v_CV, g_RV, bias, seen, scale, PRECISION: tl.constexpr):
 def query_gradient_kernel(
     query, key, value, grad, dquery, starts, tile_sequence, tile_block, position_table, time_table, query_times,
     key_times, thresholds, query_token, query_head, key_token, key_head, value_token, value_head, grad_token,
-    grad_head, dquery_token, dquery_head, max_length, scale, divisor,
+    grad_head, dquery_token, dquery_head, max_length, max_distance, scale, divisor,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     TILE: tl.constexpr, POSITION: tl.constexpr, BUCKETS: tl.constexpr,
     TIMES: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,19 +163,23 @@ def query_gradient_kernel(
     g_RV = load_rows(grad + head * grad_head, start + i, i < length, grad_token, WIDTH_V, PADDED_V)
     dq_RK = tl.zeros([TILE, PADDED_K], tl.float32)
     end = length
-    if not TIMES:
+    if TIMES == 0:
         end = tl.minimum(length, first + TILE)
     for column in range(0, end, TILE):
         j = column + tl.arange(0, TILE)
-        seen = visible(i, j, length, start, query_times, key_times, TIMES)
-        k_CK = load_rows(key + head * key_head, start + j, j < length, key_token, WIDTH_K, PADDED_K)
-        v_CV = load_rows(value + head * value_head, start + j, j < length, value_token, WIDTH_V, PADDED_V)
-        bias, _ = bias_of(
-            i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
-            BUCKETS,
-        )  # fmt: skip
-        _, ds_RC = slopes(q_RK, k_CK, v_CV, g_RV, bias, seen, scale, PRECISION)
-        dq_RK += product(ds_RC.to(k_CK.dtype), k_CK, PRECISION)
+        seen = visible(i, j, length, start, query_times, key_times, max_distance, TIMES)
+        found = 1
+        if TIMES > 0:  # a causal tile always has pairs
+            found = any_of(seen)
+        if found > 0:
+            k_CK = load_rows(key + head * key_head, start + j, j < length, key_token, WIDTH_K, PADDED_K)
+            v_CV = load_rows(value + head * value_head, start + j, j < length, value_token, WIDTH_V, PADDED_V)
+            bias, _ = bias_of(
+                i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
+                BUCKETS,
+            )  # fmt: skip
+            _, ds_RC = slopes(q_RK, k_CK, v_CV, g_RV, bias, seen, scale, PRECISION)
+            dq_RK += product(ds_RC.to(k_CK.dtype), k_CK, PRECISION)
     dq_RK *= scale / divisor
     store_rows(dquery + head * dquery_head, start + i, i < length, dquery_token, dq_RK, WIDTH_K, PADDED_K)
 
@@ -170,7 +188,7 @@ def query_gradient_kernel(
 def key_value_gradient_kernel(
     query, key, value, grad, dkey, dvalue, starts, tile_sequence, tile_block, position_table, time_table, query_times,
     key_times, thresholds, query_token, query_head, key_token, key_head, value_token, value_head, grad_token,
-    grad_head, dkey_token, dkey_head, dvalue_token, dvalue_head, max_length, scale, divisor,
+    grad_head, dkey_token, dkey_head, dvalue_token, dvalue_head, max_length, max_distance, scale, divisor,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     TILE: tl.constexpr, POSITION: tl.constexpr, BUCKETS: tl.constexpr,
     TIMES: tl.constexpr, PRECISION: tl.constexpr,
@@ -187,20 +205,24 @@ def key_value_gradient_kernel(
     dk_CK = tl.zeros([TILE, PADDED_K], tl.float32)
     dv_CV = tl.zeros([TILE, PADDED_V], tl.float32)
     begin = 0
-    if not TIMES:
+    if TIMES == 0:
         begin = first
     for row in range(begin, length, TILE):
         i = row + tl.arange(0, TILE)
-        seen = visible(i, j, length, start, query_times, key_times, TIMES)
-        q_RK = load_rows(query + head * query_head, start + i, i < length, query_token, WIDTH_K, PADDED_K)
-        g_RV = load_rows(grad + head * grad_head, start + i, i < length, grad_token, WIDTH_V, PADDED_V)
-        bias, _ = bias_of(
-            i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
-            BUCKETS,
-        )  # fmt: skip
-        w_RC, ds_RC = slopes(q_RK, k_CK, v_CV, g_RV, bias, seen, scale, PRECISION)
-        dk_CK += product(tl.trans(ds_RC.to(q_RK.dtype)), q_RK, PRECISION)
-        dv_CV += product(tl.trans(w_RC.to(g_RV.dtype)), g_RV, PRECISION)
+        seen = visible(i, j, length, start, query_times, key_times, max_distance, TIMES)
+        found = 1
+        if TIMES > 0:  # a causal tile always has pairs
+            found = any_of(seen)
+        if found > 0:
+            q_RK = load_rows(query + head * query_head, start + i, i < length, query_token, WIDTH_K, PADDED_K)
+            g_RV = load_rows(grad + head * grad_head, start + i, i < length, grad_token, WIDTH_V, PADDED_V)
+            bias, _ = bias_of(
+                i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
+                BUCKETS,
+            )  # fmt: skip
+            w_RC, ds_RC = slopes(q_RK, k_CK, v_CV, g_RV, bias, seen, scale, PRECISION)
+            dk_CK += product(tl.trans(ds_RC.to(q_RK.dtype)), q_RK, PRECISION)
+            dv_CV += product(tl.trans(w_RC.to(g_RV.dtype)), g_RV, PRECISION)
     dk_CK *= scale / divisor
     store_rows(dkey + head * dkey_head, start + j, j < length, dkey_token, dk_CK, WIDTH_K, PADDED_K)
     store_rows(dvalue + head * dvalue_head, start + j, j < length, dvalue_token, dv_CV / divisor, WIDTH_V, PADDED_V)
@@ -238,7 +260,7 @@ def bias_gradient_kernel(
         length = (tl.load(starts + sequence + 1) - start).to(tl.int32)
         i = row + r
         j = row - distance * TILE + tl.arange(0, TILE)
-        seen = visible(i, j, length, start, query_times, key_times, 0)
+        seen = visible(i, j, length, start, query_times, key_times, 0, 0)
         bias, buckets = bias_of(
             i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, 1, BUCKETS
         )

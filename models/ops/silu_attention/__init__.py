@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable
 
+import torch
+from grzoo.models.ops.triton_available import has_triton
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -24,17 +26,41 @@ def silu_attention_auto(
     divisors: Tensor,
     scale: float = 1.0,
 ) -> Tensor:
-    """`silu_attention_naive` (formula and shapes there) by the fastest path: the eager one, said once."""
-    if "eager" not in _said:
-        _said.add("eager")
-        logger.info("silu attention runs as grouped tensor operations (eager): this mask has no C++ or Triton kernel")
-    return silu_attention_eager(query, key, value, layout, visibility, divisors=divisors, scale=scale)
+    """`silu_attention_naive` (formula and shapes there) by the fastest path for these tensors.
+
+    On a GPU: the Triton kernels, where Triton is installed; elsewhere, and for float64, the eager one (said once).
+    """
+    if query.device.type == "cuda" and query.dtype != torch.float64 and has_triton():
+        function = silu_attention_triton
+    else:
+        function = silu_attention_eager
+        if "eager" not in _said:
+            _said.add("eager")
+            logger.info("silu attention runs as grouped tensor operations (eager): this mask has no C++ kernel")
+    return function(query, key, value, layout, visibility, divisors=divisors, scale=scale)
+
+
+def silu_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: JaggedLayout,
+    visibility: Visibility,
+    *,
+    divisors: Tensor,
+    scale: float = 1.0,
+) -> Tensor:
+    """`silu_attention_naive` (formula and shapes there) by Triton kernels; see triton.py, which needs Triton."""
+    from .triton import silu_attention_triton as function
+
+    return function(query, key, value, layout, visibility, divisors=divisors, scale=scale)
 
 
 SILU_ATTENTION_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "auto": silu_attention_auto,
     "eager": silu_attention_eager,
     "naive": silu_attention_naive,
+    "triton": silu_attention_triton,
 }
 
 __all__ = [
@@ -46,4 +72,5 @@ __all__ = [
     "silu_attention_auto",
     "silu_attention_eager",
     "silu_attention_naive",
+    "silu_attention_triton",
 ]

@@ -7,11 +7,13 @@ import pytest
 import torch
 from grzoo.models.ops.hstu_attention import hstu_attention_naive, hstu_attention_triton
 from grzoo.models.ops.hstu_attention.triton import hstu_attention_triton as kernel_path
+from grzoo.models.ops.silu_attention import SILU_ATTENTION_FUNCTIONS
 from grzoo.models.packing import JaggedLayout
 
 sys.path.insert(0, str(Path(__file__).parent))
 import test_hstu_attention as attention  # noqa: E402
 import test_norm_gate_dropout as norm_gate  # noqa: E402
+import test_silu_attention as silu  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = attention.NAMES
@@ -118,3 +120,24 @@ def test_norm_gate_dropout_equals_naive(tokens, columns, dropout):
         return norm_gate_dropout_triton(x.to(DEVICE), gate.to(DEVICE), token_keys=keys, **arguments).cpu()
 
     norm_gate.compare(on_kernel, tokens, columns, dropout)
+
+
+@pytest.mark.parametrize("mask", silu.MASKS)
+@pytest.mark.parametrize("lengths", [[0, 1, 17, 40, 0, 33], [70], []], ids=str)
+def test_silu_attention_equals_naive(lengths, mask):
+    torch.manual_seed(0)
+    visibility, inputs = silu.MASKS[mask](lengths), silu.inputs_of(sum(lengths), 2, torch.float32)
+    grad = torch.randn(sum(lengths), 2, 7)
+    expected = silu.run(silu.silu_attention_naive, lengths, visibility, inputs, grad, 0.4)
+
+    def on_kernel(q, k, v, layout, visibility, *, divisors, scale):
+        layout = JaggedLayout(layout.cu_seq_lens.to(DEVICE), layout.lengths)
+        times = visibility.query_times.to(DEVICE), visibility.key_times.to(DEVICE), visibility.max_distance
+        moved = (x.to(DEVICE) for x in (q, k, v))
+        attend = SILU_ATTENTION_FUNCTIONS["triton"]
+        return attend(*moved, layout, silu.Visibility(*times), divisors=divisors.to(DEVICE), scale=scale).cpu()
+
+    found = silu.run(on_kernel, lengths, visibility, inputs, grad, 0.4)
+    for name, want, got in zip(silu.NAMES, expected, found, strict=True):
+        error = ((got - want) / (want.abs().max().clamp_min(1e-9) if want.numel() else 1)).abs()
+        assert not error.numel() or error.max() <= 1e-5, name
