@@ -16,6 +16,8 @@ from .hstu_attention import triton_kernels
 from .hstu_attention.triton_launch import Launch, launch_of, padded
 from .norm_gate_dropout import triton_kernels as norm_gate_kernels
 from .norm_gate_dropout.triton import shape_of
+from .sampled_softmax import triton_kernels as softmax_kernels
+from .sampled_softmax.triton import shape_of as softmax_shape_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # In the dtype of the products.
@@ -27,6 +29,12 @@ _TYPES = {
     **dict.fromkeys(("scale", "divisor", "eps", "kept"), "fp32"),
     **dict.fromkeys(("starts", "row_keys"), "*i64"),
     "max_distance": "i64",
+}
+_SOFTMAX_TYPES = {
+    **dict.fromkeys(("query", "rows", "losses", "normalisers", "slopes", "dquery", "drows"), "*fp32"),
+    **dict.fromkeys(("index", "order", "offsets"), "*i64"),
+    "accidental": "*u8",
+    "inverse_temperature": "fp32",
 }
 NUM_BUCKETS = 129
 
@@ -46,6 +54,9 @@ def variants(dtype: str, width: int, target: str) -> Iterator[tuple[Variant, Lau
     for name in ("forward", "backward"):
         kernel = getattr(norm_gate_kernels, f"norm_gate_{name}_kernel")
         yield Variant(kernel, {**shape_of(width), "DROPOUT": 1}, 4, width), Launch(1, 4, 3)
+    for name in ("token_loss", "query_gradient", "row_gradient"):
+        kernel = getattr(softmax_kernels, f"{name}_kernel")
+        yield Variant(kernel, softmax_shape_of(width, 129), 4, width), Launch(1, 4, 3)
 
 
 def compile_variant(variant: Variant, launch: Launch, dtype: str, target: str) -> Any:
@@ -55,6 +66,8 @@ def compile_variant(variant: Variant, launch: Launch, dtype: str, target: str) -
     if "PRECISION" in names:
         constants["PRECISION"] = "ieee" if target.startswith("gfx") else "tf32x3"
     types = _TYPES | dict.fromkeys(_TOKENS, f"*{dtype}")
+    if "PICKS" in constants:
+        types |= _SOFTMAX_TYPES
     if constants.get("TIMES"):
         types |= dict.fromkeys(("query_times", "key_times"), "*i64")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}

@@ -2,6 +2,7 @@
 
 import torch
 from grzoo.models.ops.host import available
+from grzoo.models.ops.triton_available import has_triton
 from torch import Tensor
 
 from .host import sampled_softmax_loss_host
@@ -28,6 +29,12 @@ def sampled_softmax_loss(
             query, rows, positive_index, negative_index, accidental, temperature=temperature
         )
     with torch.autocast(query.device.type, enabled=False):
+        if own_negatives and query.device.type == "cuda" and dtype == torch.float32 and has_triton():
+            from .triton import sampled_softmax_loss_triton
+
+            return sampled_softmax_loss_triton(
+                query, rows, positive_index, negative_index, accidental, temperature=temperature
+            )
         query = l2_normalize(query.to(dtype))
         if negative_index.dim() == 1:
             logits = _shared_logits(query, rows.to(dtype), positive_index, negative_index)

@@ -38,7 +38,7 @@ def compiled(path: Path, *arguments: str) -> list[dict[str, str]]:
 def test_kernels_compile_for_nvidia_and_amd_without_a_gpu(tmp_path: Path) -> None:
     found = compiled(tmp_path, "--widths", "64", "--targets", *TARGETS)
     kernels = {"forward", "query_gradient", "key_value_gradient", "bias_gradient"}
-    kernels |= {"norm_gate_forward", "norm_gate_backward"}
+    kernels |= {"norm_gate_forward", "norm_gate_backward", "token_loss", "row_gradient"}
     assert {(r["kernel"], r["target"]) for r in found} == {(k, t) for k in kernels for t in TARGETS}
     assert [r for r in found if int(r["spills"]) > 0] == []
     assert {r["load_bytes"] for r in found if r["target"] == "sm_90" and r["kernel"] != "bias_gradient"} == {"16"}

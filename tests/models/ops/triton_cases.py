@@ -141,3 +141,26 @@ def test_silu_attention_equals_naive(lengths, mask):
     for name, want, got in zip(silu.NAMES, expected, found, strict=True):
         error = ((got - want) / (want.abs().max().clamp_min(1e-9) if want.numel() else 1)).abs()
         assert not error.numel() or error.max() <= 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "tokens, negatives, unique, width", [(0, 4, 3, 5), (1, 1, 2, 1), (40, 6, 9, 50), (3, 70, 100, 33)]
+)
+def test_sampled_softmax_equals_naive(tokens, negatives, unique, width):
+    from grzoo.models.ops.sampled_softmax import sampled_softmax_loss_naive
+    from grzoo.models.ops.sampled_softmax.triton import sampled_softmax_loss_triton
+
+    torch.manual_seed(0)
+    query, rows = (torch.randn(n, width, requires_grad=True) for n in (tokens, unique))
+    positive, negative = torch.randint(0, unique, (tokens,)), torch.randint(0, unique, (tokens, negatives))
+    call = positive, negative, negative == positive.unsqueeze(1)
+    wide = [x.detach().double().requires_grad_() for x in (query, rows)]
+    want = sampled_softmax_loss_naive(*wide, *call, temperature=0.05)
+    moved = [x.to(DEVICE) for x in (query, rows, *call)]
+    got = sampled_softmax_loss_triton(*moved, temperature=0.05).cpu()
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    expected, found = torch.autograd.grad(want, wide), torch.autograd.grad(got, [query, rows])
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.double(), a, rtol=1e-4, atol=2e-4)
+    again = torch.autograd.grad(sampled_softmax_loss_triton(*moved, temperature=0.05).cpu(), [query, rows])
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
