@@ -119,8 +119,9 @@ def _detach(step: "Step", table: "PhysicalTable", handles: Tensor) -> None:
 def _drop_oldest_half(log: "PhysicalTable") -> None:
     tables, ids, handles = log.storage.keys()
     order = torch.argsort(read_slot(log.storage, LAST_USE, handles), stable=True)[: len(ids) // 2]
+    lost = torch.bincount(tables[order], minlength=len(log.configs)).tolist()
+    log.dropped = [before + n for before, n in zip(log.dropped, lost, strict=True)]
     log.erase(tables[order], ids[order])
-    log.dropped += len(order)
 
 
 def drain_evicted(collection: "DynamicEmbeddingCollection", table: str) -> EvictedIds:
@@ -133,7 +134,7 @@ def drain_evicted(collection: "DynamicEmbeddingCollection", table: str) -> Evict
     ids, handles = log.sorted_keys(logical)
     steps = read_slot(log.storage, LAST_USE, handles).long()
     log.erase(_same_table(logical, ids), ids)
-    dropped, log.dropped = log.dropped, 0
+    dropped, log.dropped[logical] = log.dropped[logical], 0
     return EvictedIds(ids, steps, dropped)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,12 @@ from .config import TableConfig
 from .hashing import HASH_VERSION, NUM_BUCKETS, bucket, bucket_range
 from .index import describe_optimizer, read_index, shard_files
 from .kernels import Slot
+from .policy_files import NO_POLICIES, SIDE_COLUMNS, restore_policy_state, used_now, wanted_sides
 from .shards import IDS, OFFSETS, Column, column_bytes, column_shape
 from .shared_rows import SHARED_FILE, load_shared
 from .table import PhysicalTable
 from .tensor_file import TensorFile
+from .use import LAST_USE
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -58,6 +60,7 @@ def load_tables(
     """
     exchange = collection.exchange
     fresh: list[PhysicalTable] = []
+    sides: dict[str, tuple[PhysicalTable, int]] = {}
     problem: Exception | None = None
     try:
         index = read_index(folder)
@@ -68,10 +71,17 @@ def load_tables(
         fresh = _empty_tables(collection, metadata, with_state)
         first, end = bucket_range(exchange.rank, exchange.world_size)
         _reserve(collection, fresh, num_rows, end - first)
-        for file, shard in zip(shard_files(index), metadata["shards"], strict=False):
+        policies = (metadata.get("policies") if with_state else None) or NO_POLICIES
+        if tables is not None or rename:  # a warm start: what the policies of the other run remember stays behind
+            policies = policies | {"side_rows": {}, "dropped": {}}
+        clock = int(policies["clock"]) if with_state else collection.clock
+        sides = wanted_sides(collection, fresh, policies)
+        for name, shard in zip(shard_files(index), metadata["shards"], strict=False):
             span = max(first, shard["buckets"][0]), min(end, shard["buckets"][1])
             if span[0] < span[1]:
-                _load_shard(collection, fresh, Path(folder) / file, shard, span, names, with_state)
+                with TensorFile(Path(folder) / name) as file:
+                    _load_shard(collection, fresh, file, shard, span, names, with_state, clock)
+                    _load_sides(sides, file, shard["buckets"], span)
         if metadata.get("shared_rows"):
             load_shared(collection, fresh, Path(folder) / SHARED_FILE, names, state=with_state)
     except MemoryError as error:
@@ -83,6 +93,12 @@ def load_tables(
         position, logical = collection.placement[name]
         if (found := exchange.sum_int(fresh[position].num_rows(logical))) != expected:
             raise ValueError(f"table {name!r} in {folder} should have {expected} rows, its shards hold {found}")
+    for name, (table, logical) in sides.items():
+        expected = policies["side_rows"][name]
+        if (found := exchange.sum_int(table.num_rows(logical))) != expected:
+            raise ValueError(f"table {name!r} in {folder} should have {expected} entries, its shards hold {found}")
+    if with_state:
+        restore_policy_state(collection, fresh, policies)
     collection.replace_physical(fresh)
 
 
@@ -186,28 +202,51 @@ def _reserve(
 def _load_shard(
     collection: "DynamicEmbeddingCollection",
     fresh: list[PhysicalTable],
-    path: Path,
+    file: TensorFile,
     shard: Mapping[str, Any],
     span: tuple[int, int],
     names: Mapping[str, str],
     with_state: bool,
+    clock: int,
 ) -> None:
     """Read the rows of buckets [span) of one shard into fresh tables."""
-    with TensorFile(path) as file:
-        for ours, name in names.items():
-            position, logical = collection.placement[ours]
-            table = fresh[position]
-            where = f"table {name!r} in {path}"
-            columns = {IDS: (torch.int64, 0), **table.columns(state=with_state)}
-            check_columns(where, file, name, columns, shard["rows"][name])
-            start, stop = _row_range(file, name, shard["buckets"], span)
-            order = OrderCheck(where, span)
-            with contextlib.closing(_read_chunks(file, name, columns, start, stop)) as chunks:
-                for values in chunks:
-                    ids = values.pop(IDS)
-                    order.check(ids)
-                    tables = torch.full(ids.shape, logical, dtype=torch.int32, device="cpu")
-                    table.write(tables, ids, values.pop("rows").to(columns["rows"][0]), values)
+    for ours, name in names.items():
+        position, logical = collection.placement[ours]
+        table = fresh[position]
+        columns = table.columns(state=with_state)
+        has_use = with_state and f"{name}.{LAST_USE}" in file.tensors
+        if not has_use:  # saved before the table had policies, or without state
+            columns = {column: kind for column, kind in columns.items() if column not in SIDE_COLUMNS}
+        columns = {IDS: (torch.int64, 0), **columns}
+        check_columns(f"table {name!r} in {file.path}", file, name, columns, shard["rows"][name])
+        for ids, values in _read_rows(file, name, columns, shard["buckets"], span):
+            tables = torch.full(ids.shape, logical, dtype=torch.int32, device="cpu")
+            use = {} if has_use else used_now(ids, clock)
+            table.write(tables, ids, values.pop("rows").to(columns["rows"][0]), values | use)
+
+
+def _load_sides(
+    sides: Mapping[str, tuple[PhysicalTable, int]], file: TensorFile, buckets: tuple[int, int], span: tuple[int, int]
+) -> None:
+    """Read what policies remember of ids in buckets [span)."""
+    columns = {IDS: (torch.int64, 0), **SIDE_COLUMNS}
+    for name, (table, logical) in sides.items():
+        check_columns(f"table {name!r} in {file.path}", file, name, columns, file[f"{name}.{IDS}"].shape[0])
+        for ids, values in _read_rows(file, name, columns, buckets, span):
+            table.write(torch.full(ids.shape, logical, dtype=torch.int32, device="cpu"), ids, None, values)
+
+
+def _read_rows(
+    file: TensorFile, name: str, columns: Mapping[str, Column], buckets: tuple[int, int], span: tuple[int, int]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield ids and columns of the rows in buckets [span) of a shard of `buckets`, chunk by chunk, checked."""
+    start, stop = _row_range(file, name, buckets, span)
+    order = OrderCheck(f"table {name!r} in {file.path}", span)
+    with contextlib.closing(_read_chunks(file, name, columns, start, stop)) as chunks:
+        for values in chunks:
+            ids = values.pop(IDS)
+            order.check(ids)
+            yield ids, values
 
 
 def check_columns(where: str, file: TensorFile, name: str, columns: Mapping[str, Column], rows: int) -> None:

@@ -14,8 +14,10 @@ from .config import ROW_DTYPES
 from .files import Fingerprint, flush, write_text
 from .hashing import HASH_VERSION, NUM_BUCKETS
 from .index import FORMAT_VERSION, INDEX_NAME, describe_optimizer, remove_index, shard_files
-from .shards import Shard, ShardedRows, ShardPlan, plan_shards, stream_pieces
+from .policy_files import SIDE_COLUMNS, filled_sides, policy_state, side_name
+from .shards import Column, Shard, ShardedRows, ShardPlan, plan_shards, stream_pieces
 from .shared_rows import SHARED_FILE, shared_tensors
+from .table import PhysicalTable
 from .tensor_file import TensorFileWriter, save_tensors
 
 if TYPE_CHECKING:
@@ -107,9 +109,13 @@ class _Failures:
 def _row_sets(collection: "DynamicEmbeddingCollection", state: bool, row_dtype: str | None) -> list[ShardedRows]:
     """What goes into the files, with the rows of all ranks counted. Collective."""
     exchange, failures = collection.exchange, _Failures()
-    found = failures.attempt(
-        lambda: [_table_rows(collection, name, state, row_dtype) for name in collection.table_names]
-    )
+    sides = filled_sides(collection) if state else []
+
+    def row_sets() -> list[ShardedRows]:
+        tables = [_table_rows(collection, name, state, row_dtype) for name in collection.table_names]
+        return tables + [_side_rows(collection, name, side) for name, side in sides]
+
+    found = failures.attempt(row_sets)
     exchange.agree(failures.first)
     assert found is not None
     counts = exchange.sum_tensor(torch.stack([rows.local_rows_per_bucket for rows in found]))
@@ -121,10 +127,19 @@ def _row_sets(collection: "DynamicEmbeddingCollection", state: bool, row_dtype: 
 def _table_rows(collection: "DynamicEmbeddingCollection", name: str, state: bool, row_dtype: str | None) -> ShardedRows:
     position, logical = collection.placement[name]
     table = collection.physical[position]
-    ids, handles = table.sorted_keys(logical)
     columns = table.columns(state=state)
     if row_dtype is not None:
         columns["rows"] = (getattr(torch, row_dtype), table.dim)
+    return _sharded(name, table, logical, columns)
+
+
+def _side_rows(collection: "DynamicEmbeddingCollection", name: str, side: str) -> ShardedRows:
+    position, logical = collection.placement[name]
+    return _sharded(side_name(name, side), collection.physical[position].side_table(side), logical, SIDE_COLUMNS)
+
+
+def _sharded(name: str, table: PhysicalTable, logical: int, columns: Mapping[str, Column]) -> ShardedRows:
+    ids, handles = table.sorted_keys(logical)
 
     def read(column: str, start: int, stop: int) -> Tensor:
         return table.read_column(column, handles[start:stop]).to(columns[column][0])
@@ -179,6 +194,8 @@ def _metadata(
     collection: "DynamicEmbeddingCollection", row_sets: list[ShardedRows], shards: list[Shard], *, state: bool
 ) -> dict[str, Any]:
     optimizer = collection.optimizer
+    tables = [rows for rows in row_sets if rows.name in collection.tables]
+    sides = {rows.name: rows.count(0, NUM_BUCKETS) for rows in row_sets if rows.name not in collection.tables}
     return {
         "format_version": FORMAT_VERSION,
         "hash_version": HASH_VERSION,
@@ -186,13 +203,14 @@ def _metadata(
         "seed": collection.seed,
         "tables": [config.to_dict() for config in collection.tables.values()],
         "optimizer": describe_optimizer(type(optimizer).__name__, collection.physical[0]) if state else None,
-        "rows": {rows.name: rows.count(0, NUM_BUCKETS) for rows in row_sets},
+        "rows": {rows.name: rows.count(0, NUM_BUCKETS) for rows in tables},
+        "policies": policy_state(collection, sides) if state else None,
         "shared_rows": [name for name, config in collection.tables.items() if config.unknown == "shared"],
         "shards": [
             {
                 "file": shard.file,
                 "buckets": [shard.first, shard.end],
-                "rows": {rows.name: rows.count(shard.first, shard.end) for rows in row_sets},
+                "rows": {rows.name: rows.count(shard.first, shard.end) for rows in tables},
             }
             for shard in shards
         ],

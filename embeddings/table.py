@@ -32,7 +32,7 @@ class PhysicalTable:
         self.slots: tuple[Slot, ...] = ()  # of the optimizer
         self.use_slots: tuple[Slot, ...] = USE_SLOTS if any(config.tracks_use for config in configs) else ()
         self.side: dict[str, PhysicalTable] = {}  # those of SIDE_TABLES that were needed so far
-        self.dropped = 0  # entries that this table lost for want of room, when it is a log
+        self.dropped = [0] * len(configs)  # entries of each logical table lost for want of room, when this is a log
         self._rows_by_table: Tensor | None = None  # int64 [logical tables]; None: to be counted
         self._seed = seed
         self._backend_name = backend
@@ -58,7 +58,7 @@ class PhysicalTable:
             table.write(tables, ids, values.pop("rows"), values)
         if self._shared is not None and table.shared is not None:
             table.shared.copy_from(self._shared)
-        table.dropped = self.dropped
+        table.dropped = list(self.dropped)
         table.side = {name: side.copy() for name, side in self.side.items()}
         return table
 
@@ -254,8 +254,11 @@ class PhysicalTable:
         values = {column: self.read_column(column, handles) for column in self.columns(state=True)}
         return values | {"rows": values["rows"].float()}
 
-    def write(self, tables: Tensor, ids: Tensor, rows: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Insert or overwrite rows (distinct pairs, float32 or as in files); state not given starts as in a new row."""
+    def write(self, tables: Tensor, ids: Tensor, rows: Tensor | None, state: Mapping[str, Tensor]) -> None:
+        """Insert or overwrite rows (distinct pairs, float32 or as in files); state not given starts as in a new row.
+
+        None stands for rows of zeros, those of a side table.
+        """
         count = len(ids)
         slots = {
             slot.name: state[slot.name] if slot.name in state else torch.full((count, slot.width), slot.fill)
@@ -265,7 +268,8 @@ class PhysicalTable:
         slots |= {slot.name: as_slot(state.get(slot.name, zeros)) for slot in self.use_slots}
         step = state.get(STEP_SLOT, zeros)
         self._rows_by_table = None
-        self.storage.write(tables, ids, rows.float(), slots | {STEP_SLOT: step.reshape(count, 1)})
+        values = torch.zeros(count, self.dim, device="cpu") if rows is None else rows.float()
+        self.storage.write(tables, ids, values, slots | {STEP_SLOT: step.reshape(count, 1)})
 
     def check_import(self, table: str, values: Mapping[str, Tensor]) -> Tensor:
         """Return the ids of rows to be written; ValueError for a name, dtype, shape or repeated id that is wrong."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, SparseAdagrad, SparseOptimizer, TableConfig
+from grzoo.embeddings.io import load_tables, save_tables
 from policy_reference import drifting_ids
 from torch import Tensor
 
@@ -21,7 +22,7 @@ EVICTIONS: dict[str, dict[str, Any]] = {
         "max_rows": 40,
     },
 }
-STEPS, PER_STEP = 24, 60
+STEPS, PER_STEP, SAVED = 24, 60, 14
 
 
 def policy_tables(dim: int = 4) -> list[TableConfig]:
@@ -64,11 +65,29 @@ def contents(collection: DynamicEmbeddingCollection) -> dict[str, Any]:
     return found
 
 
-def run(rank: int, world_size: int, group: Any = None, micro_batches: int = 2, **options: Any) -> dict[str, Any]:
-    """Train on a drifting stream dealt to ranks and micro-batches; pin some ids, erase others on the way."""
+def run(
+    rank: int,
+    world_size: int,
+    group: Any = None,
+    micro_batches: int = 2,
+    *,
+    save: str | None = None,
+    resume: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train on a drifting stream dealt to ranks and micro-batches; pin some ids on the way.
+
+    `save` and `resume` are folders: write the tables after step SAVED, or start with those that were written there.
+    """
     collection, optimizer = build(policy_tables(), process_group=group, **options)
     names = collection.table_names
+    if resume is not None:
+        load_tables(collection, resume, state=True)
     for number, ids in enumerate(drifting_ids(STEPS, PER_STEP)):
+        if number == SAVED and save is not None:
+            save_tables(collection, save, state=True)
+        if number < SAVED and resume is not None:
+            continue
         mine = torch.from_numpy(ids)[rank::world_size]
         batches = [dict.fromkeys(names, mine[k::micro_batches]) for k in range(micro_batches)]
         train_step(collection, optimizer, batches)
@@ -111,15 +130,16 @@ def erase(rank: int, world_size: int, group: Any) -> list[Any]:
     return [list(erased), collection.total_rows(), len(caught), statistics["rows"], statistics["erased"]]
 
 
-def all_worlds(rank: int, world_size: int) -> dict[str, Any]:
-    """Run every job on 1, 2, ... ranks: the others look on."""
+def all_worlds(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """Run every job on 1, 2, ... ranks: the others look on. Each number of ranks resumes what one rank saved."""
     results: dict[str, Any] = {}
     for world in range(1, world_size + 1):
         group = dist.new_group(list(range(world)))
         if rank < world:
             results[str(world)] = {
-                "merged": run(rank, world, group),
+                "merged": run(rank, world, group, save=f"{folder}/1" if world == 1 else None),
                 "apart": run(rank, world, group, 1, merge=False) if world in (1, 3) else None,
+                "resumed": run(rank, world, group, resume=f"{folder}/1", save=f"{folder}/again-{world}"),
                 "refuse": refuse(rank, world, group),
                 "erase": erase(rank, world, group),
             }

@@ -1,5 +1,6 @@
 """Law 1, S8, S16-S19, S27 of admission and eviction: the same rows are kept by 1, 2, 3 and 4 ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import policy_jobs as jobs
@@ -11,8 +12,13 @@ WORLDS = (1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, Any]]:
-    return spawn(max(WORLDS), jobs.all_worlds, timeout=240)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return spawn(max(WORLDS), jobs.all_worlds, str(folder), timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def joined(ranks: list[dict[str, Any]], world: int, job: str) -> dict[str, dict[
     return result
 
 
-@pytest.mark.parametrize("job", ["merged", "apart"])
+@pytest.mark.parametrize("job", ["merged", "apart", "resumed"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_law1_s8_s16_s17_s27_the_same_rows_are_kept(
     ranks: list[Any], expected: dict[str, ReferenceTable], world: int, job: str
@@ -60,6 +66,16 @@ def test_law1_s8_s16_s17_s27_the_same_rows_are_kept(
     assert {i: n >> half_lives[i] for i, n in found["lfu"]["count"].items()} == {
         i: u.count for i, u in lfu.rows.items()
     }
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_s21_policies_are_saved_as_the_same_bytes_by_any_number_of_ranks(
+    ranks: list[Any], folder: Path, world: int
+) -> None:
+    files = sorted(path.name for path in (folder / "1").iterdir())
+    assert files == sorted(path.name for path in (folder / f"again-{world}").iterdir())
+    for name in files:
+        assert (folder / "1" / name).read_bytes() == (folder / f"again-{world}" / name).read_bytes(), name
 
 
 def test_the_stream_makes_every_policy_evict(expected: dict[str, ReferenceTable]) -> None:
