@@ -11,6 +11,7 @@ from .optimizers import (
     SparseRowwiseAdagrad,
     SparseSGD,
 )
+from .policy_config import policies_by_table
 from .schema import features_from_schema
 from .step import MicroBatchEmbeddings, Step
 
@@ -27,5 +28,6 @@ __all__ = [
     "SparseSGD",
     "Step",
     "TableConfig",
+    "policies_by_table",
     "features_from_schema",
 ]

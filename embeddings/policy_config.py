@@ -1,7 +1,7 @@
 """Admission, eviction and max_rows of a table as JSON values: what is allowed, the defaults, what has no effect."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EVERY = 100  # optimizer steps from one eviction to the next
@@ -15,6 +15,25 @@ _EVICTION: dict[str, dict[str, Any]] = {  # kind -> optional fields with their d
     "ttl": {"every": EVERY, "max_evictions": None, "min_rows": 0},
 }
 _REQUIRED = {"lru": (), "lfu": (), "ttl": ("steps",)}
+
+
+FIELDS = ("admission", "eviction", "max_rows", "track_use")  # of a TableConfig
+
+
+def policies_by_table(policies: object, tables: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return for each table the policy fields of its TableConfig, from {table: {field: value}} or None.
+
+    Raises ValueError for a table that is not one of `tables`, and for a field that is no policy.
+    """
+    given = {} if policies is None else policies
+    if not isinstance(given, Mapping) or not all(isinstance(fields, Mapping) for fields in given.values()):
+        raise ValueError(f"table policies must be {{table: {{field: value}}}}, got {policies!r}")
+    if unknown := sorted(set(given) - set(tables)):
+        raise ValueError(f"table policies name {unknown}: the tables are {sorted(tables)}")
+    for table, fields in given.items():
+        if unknown := sorted(set(fields) - set(FIELDS)):
+            raise ValueError(f"policies of table {table!r} have no field {unknown}: the fields are {FIELDS}")
+    return {table: dict(given.get(table, {})) for table in tables}
 
 
 def check_positive(what: str, value: object) -> None:

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import numpy as np
-from grzoo.embeddings import FeatureConfig, TableConfig
+from grzoo.embeddings import FeatureConfig, TableConfig, policies_by_table
 from huggingface_hub.dataclasses import strict
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
@@ -33,6 +33,7 @@ class HSTUConfig(PreTrainedConfig):
         num_negatives: N, per token or per step.
         item_initializer: how new item vectors are drawn, see `grzoo.embeddings.TableConfig`.
         unknown_items: vector of an item that the table does not hold, when reading: "zeros" or "initial".
+        table_policies: admission, eviction, max_rows and track_use of a table, by its name, "items"; see TableConfig.
         embedding_seed: seed of the initial item vectors.
         initializer_range: std of the dense weights and bias tables.
         layer_norm_eps: of both normalisations of a block.
@@ -67,6 +68,7 @@ class HSTUConfig(PreTrainedConfig):
     num_negatives: int = 128
     item_initializer: dict[str, Any] | None = None
     unknown_items: Literal["zeros", "initial"] = "zeros"
+    table_policies: dict[str, dict[str, Any]] | None = None
     embedding_seed: int = 0
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-6
@@ -112,6 +114,7 @@ class HSTUConfig(PreTrainedConfig):
             embedding_dim=self.hidden_size,
             initializer=self.item_initializer,
             unknown=self.unknown_items,
+            **policies_by_table(self.table_policies, [ITEM_TABLE])[ITEM_TABLE],
         )
         return [table]
 

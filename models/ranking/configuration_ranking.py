@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from grzoo.embeddings import FeatureConfig, TableConfig
+from grzoo.embeddings import FeatureConfig, TableConfig, policies_by_table
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -25,6 +25,7 @@ class RankingConfig(PreTrainedConfig):
         hidden_dropout: dropout of the tokens and of each block.
         initializer: how new rows are drawn, see `grzoo.embeddings.TableConfig`.
         unknown_ids: row of an id that a table does not hold, when reading: "zeros" or "initial".
+        table_policies: admission, eviction, max_rows and track_use of tables, by their names; see TableConfig.
         embedding_seed: seed of the initial rows.
         layer_norm_eps: of all normalisations.
     """
@@ -40,6 +41,7 @@ class RankingConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     initializer: dict[str, Any] | None = None
     unknown_ids: Literal["zeros", "initial"] = "zeros"
+    table_policies: dict[str, dict[str, Any]] | None = None
     embedding_seed: int = 0
     layer_norm_eps: float | int = 1e-6
 
@@ -83,9 +85,13 @@ class RankingConfig(PreTrainedConfig):
         names = ["items", *self.user_tables, *self.event_tables]
         return [
             TableConfig(
-                name=name, embedding_dim=self.embedding_dim, initializer=self.initializer, unknown=self.unknown_ids
+                name=name,
+                embedding_dim=self.embedding_dim,
+                initializer=self.initializer,
+                unknown=self.unknown_ids,
+                **policies,
             )
-            for name in names
+            for name, policies in policies_by_table(self.table_policies, names).items()
         ]
 
     def embedding_features(self) -> list[FeatureConfig]:

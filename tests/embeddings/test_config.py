@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from grzoo.embeddings import FeatureConfig, TableConfig
+from grzoo.embeddings import FeatureConfig, TableConfig, policies_by_table
 
 
 def test_configs_survive_json() -> None:
@@ -84,3 +84,16 @@ def test_bad_policies_are_refused_with_the_value(values: dict[str, object], mess
 def test_eviction_without_effect_warns(kind: str) -> None:
     with pytest.warns(UserWarning, match="no effect without max_rows"):
         TableConfig(name="a", embedding_dim=2, eviction={"kind": kind})
+
+
+def test_policies_of_a_model_go_to_the_tables_that_they_name() -> None:
+    found = policies_by_table({"b": {"max_rows": 3}}, ["a", "b"])
+    assert found == {"a": {}, "b": {"max_rows": 3}} and policies_by_table(None, ["a"]) == {"a": {}}
+    for bad, message in (
+        ({"c": {}}, "name \\['c'\\]: the tables are \\['a', 'b'\\]"),
+        ({"a": {"seed": 3}}, "'a' have no field \\['seed'\\]"),
+        ({"a": 3}, "must be {table"),
+        ("lru", "got 'lru'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policies_by_table(bad, ["a", "b"])

@@ -18,6 +18,8 @@ from transformers import AutoConfig
             r"max_position_embeddings \(10\) is smaller than max_sequence_length \(200\)",
         ),
         ({"item_initializer": {"kind": "magic"}}, "magic"),
+        ({"table_policies": {"users": {}}}, "users"),
+        ({"table_policies": {"items": {"max_rows": 0}}}, "max_rows"),
     ],
 )
 def test_impossible_values(fields, message):
@@ -41,10 +43,16 @@ def test_names_of_the_paper():
 
 
 def test_json_round_trip(tmp_path):
-    config = HSTUConfig(hidden_size=8, item_initializer={"kind": "uniform", "scale": 0.5}, negative_sampling="shared")
+    config = HSTUConfig(
+        hidden_size=8,
+        item_initializer={"kind": "uniform", "scale": 0.5},
+        negative_sampling="shared",
+        table_policies={"items": {"max_rows": 100, "eviction": {"kind": "lru", "every": 5}}},
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is HSTUConfig and loaded.to_diff_dict() == config.to_diff_dict()
     (table,) = loaded.embedding_tables()
+    assert table.max_rows == 100 and table.eviction is not None and table.eviction["every"] == 5
     assert (table.name, table.embedding_dim, table.initializer["scale"], table.unknown) == ("items", 8, 0.5, "zeros")
     assert {f.table for f in loaded.embedding_features()} == {"items"}
