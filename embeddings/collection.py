@@ -109,8 +109,8 @@ class DynamicEmbeddingCollection(nn.Module):
             micro_batches: feature -> ids int64 of any shape, possibly of no element, or `Jagged`, for each micro-batch.
                 Ranks may differ in features, shapes and number of micro-batches.
             insert: insert ids that have no row; by default in training mode only.
-            count: note the use of the ids (their occurrences and the step) for admission and eviction; by default in
-                training mode only. A second lookup of the same batch in a step passes False.
+            count: note the use of the ids (their occurrences and the step) for admission and eviction; by default what
+                `insert` is. A second lookup of the same batch in a step passes False.
 
         Returns:
             A Step; `step.fetch()` brings the rows, `step[k][feature]` are the embeddings of micro-batch k.
@@ -121,8 +121,8 @@ class DynamicEmbeddingCollection(nn.Module):
         """
         if not self._agreed:
             self._check_agreement()
-        insert, count = (self.training if choice is None else choice for choice in (insert, count))
-        return prepare_step(self, micro_batches, insert=insert, count=count)
+        insert = self.training if insert is None else insert
+        return prepare_step(self, micro_batches, insert=insert, count=insert if count is None else count)
 
     def forward(
         self, ids: Mapping[str, FeatureInput], *, insert: bool | None = None, count: bool | None = None
