@@ -2,8 +2,10 @@
 
 import copy
 import random
+from typing import Any
 
 import hypothesis.strategies as st
+import policy_table
 import pytest
 import torch
 from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, SparseAdamW, TableConfig
@@ -542,3 +544,22 @@ def test_s15_the_state_of_bfloat16_rows_is_float32() -> None:
     assert_close(found[0][1], found[1][1])
     assert torch.equal(found[0][2], found[1][2])
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2**-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "ttl", "steps": 2, "every": 1}, {"kind": "lfu", "every": 2, "half_life": 2}])
+def test_s8_s17_policies_keep_the_rows_that_they_keep_of_naive_tables(kind: dict[str, Any]) -> None:
+    tables = [
+        policy_table.build(name, admission={"min_count": 3, "forget_after": 5}, eviction=kind, max_rows=9)
+        for name in ("triton", "naive")
+    ]
+    for step in range(6):
+        ids = torch.randint(step, step + 8, (12,), generator=torch.Generator().manual_seed(step)).tolist()
+        for collection, optimizer in tables:
+            policy_table.train(collection, optimizer, ids)
+    (triton, _), (naive, _) = tables
+    triton.erase("a", triton.ids("a")[:2])
+    naive.erase("a", naive.ids("a")[:2])
+    assert policy_table.use(triton) == policy_table.use(naive) != {}
+    assert policy_table.candidates(triton) == policy_table.candidates(naive) != {}
+    found, expected = triton.drain_evicted("a"), naive.drain_evicted("a")
+    assert found.ids.tolist() == expected.ids.tolist() != [] and torch.equal(found.steps, expected.steps)
