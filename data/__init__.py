@@ -8,7 +8,7 @@ from .catalogue import Catalogue
 from .collator import EvalCollator, GenRecCollator, GlobalStep, MicroBatch
 from .dataset import EventDataset, JaggedRows
 from .loader import EvalLoader, StepLoader
-from .negatives import SharedNegatives, UniformNegatives
+from .negatives import AllItems, SharedNegatives, UniformNegatives
 from .ranking import ExposureWindows, RankingCollator, RankingSamples
 from .sampler import GlobalBatchSampler, permute
 from .schema import DatasetSchema, FeatureSpec
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .processor import GenRecProcessor
 
 __all__ = [
+    "AllItems",
     "BalancedBatchSampler",
     "Catalogue",
     "DatasetSchema",

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from .jagged import Int64
-from .negatives import ItemLogQ, SharedNegatives, UniformNegatives
+from .negatives import AllItems, ItemLogQ, SharedNegatives, UniformNegatives
 from .schema import ID_MAPPINGS, ITEMS_FILE, DatasetSchema
 
 OriginalId = int | str
@@ -74,6 +74,10 @@ class Catalogue:
     def log_q(self) -> ItemLogQ:
         """log(count / total) by model id."""
         return ItemLogQ(self.ids, self.counts)
+
+    def all_items(self) -> AllItems:
+        """Every item as a negative of every position: the full softmax."""
+        return AllItems(self.ids)
 
     def uniform_negatives(self, num_negatives: int) -> UniformNegatives:
         """Negatives per position, uniform over the catalogue."""

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .dataset import EventDataset
 from .jagged import offsets_of, within
 from .keyed import UInt64, fold, fold_repeated, keyed, word_table
-from .negatives import SharedNegatives, UniformNegatives
+from .negatives import AllItems, SharedNegatives, UniformNegatives
 from .windows import Int64, RecentFirst, Samples, WindowPolicy
 
 MicroBatch = dict[str, torch.Tensor | int]
@@ -64,7 +64,8 @@ class GenRecCollator:
     """Builds micro-batches from rows of an EventDataset.
 
     max_length: most inputs (tokens) of a sample.  seed: of the keys of dropout and negatives.  negatives: per
-    position, shared by the step, or None.  features: further event columns to pass, as [1, T] beside `input_ids`.
+    position, shared by the step, all items, or None.  features: further event columns to pass, as [1, T] beside
+    `input_ids`.
     windows: the policy that cuts rows into samples; the default keeps the most recent events.
 
     A subclass adds fields that are read or drawn in `compact`, which runs in the worker, and those that follow from
@@ -75,7 +76,7 @@ class GenRecCollator:
         label_mask: bool [1, T], the label is trained
         cu_seq_lens_q: int32 [B + 1]
         max_length_q: int
-        negative_ids: int64 [1, T, N], or [N] when shared, then with
+        negative_ids: int64 [1, T, N]; [C] when they are all items; or [N] when shared, then with
         negative_log_q: float32 [N], and label_log_q: float32 [1, T]
         user_ids: int64 [B], row in the split
     `labels` is the item of the next event and `target_timestamps` its time; both time fields are absent when events
@@ -90,7 +91,7 @@ class GenRecCollator:
         *,
         max_length: int,
         seed: int = 0,
-        negatives: UniformNegatives | SharedNegatives | None = None,
+        negatives: UniformNegatives | SharedNegatives | AllItems | None = None,
         features: Sequence[str] = (),
         windows: WindowPolicy = RecentFirst,
     ) -> None:
@@ -190,6 +191,8 @@ class GenRecCollator:
             events = _events(samples, within(lengths))
             keys = self._token_keys(samples, events, step, np.empty(len(events), dtype=np.uint64))
             return {"negative_ids": self.negatives.draw(keys)[None]}
+        if isinstance(self.negatives, AllItems):
+            return {"negative_ids": self.negatives.ids}
         if isinstance(self.negatives, SharedNegatives):
             assert shared is not None, "shared negatives are drawn from the global batch before its micro-batches"
             labels = np.empty_like(inputs["item_id"])

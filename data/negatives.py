@@ -85,6 +85,17 @@ class SharedNegatives:
         return windows.dataset.events(samples.rows[sample], event)
 
 
+class AllItems:
+    """Every item of the catalogue for all positions of a step: what a softmax over the whole catalogue needs.
+
+    ids: int64 [n] unique, the catalogue.
+    """
+
+    def __init__(self, ids: ArrayLike) -> None:
+        self.ids = np.asarray(ids, dtype=np.int64)
+        self.num_negatives = _checked(max(1, len(self.ids)), len(self.ids))
+
+
 def _checked(num_negatives: int, num_items: int) -> int:
     if num_negatives < 1:
         raise ValueError(f"num_negatives must be at least 1, got {num_negatives}; pass negatives=None for none")

@@ -18,6 +18,9 @@ _PUBLIC_NAMES = {
     "MTGRConfig": "grzoo.models",
     "MTGRForRanking": "grzoo.models",
     "MTGRModel": "grzoo.models",
+    "SASRecConfig": "grzoo.models",
+    "SASRecForRetrieval": "grzoo.models",
+    "SASRecModel": "grzoo.models",
     "TableConfig": "grzoo.embeddings",
     "initialize": "grzoo.embeddings.engine",
 }

@@ -10,6 +10,8 @@ from .hstu import HSTUConfig, HSTUForRetrieval, HSTUModel
 from .mtgr import MTGRConfig, MTGRForRanking, MTGRModel
 from .outputs import GenRecModelOutput, RankingModelOutput, RetrievalModelOutput, RetrievalOutput
 from .retrieval import ShardedCatalogue
+from .retrieval_model import GenRecForRetrieval
+from .sasrec import SASRecConfig, SASRecForRetrieval, SASRecModel
 
 AutoConfig.register(HSTUConfig.model_type, HSTUConfig, exist_ok=True)
 AutoModel.register(HSTUConfig, HSTUModel, exist_ok=True)
@@ -24,6 +26,9 @@ for _config, _model, _ranking in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForRanking.register(_config, _ranking, exist_ok=True)
+AutoConfig.register(SASRecConfig.model_type, SASRecConfig, exist_ok=True)
+AutoModel.register(SASRecConfig, SASRecModel, exist_ok=True)
+AutoModelForRetrieval.register(SASRecConfig, SASRecForRetrieval, exist_ok=True)
 
 __all__ = [
     "AutoModelForRanking",
@@ -34,6 +39,7 @@ __all__ = [
     "DLRMHSTUForRanking",
     "DLRMHSTUModel",
     "DLRMModel",
+    "GenRecForRetrieval",
     "GenRecModelOutput",
     "GenRecPreTrainedModel",
     "HSTUConfig",
@@ -45,5 +51,8 @@ __all__ = [
     "RankingModelOutput",
     "RetrievalModelOutput",
     "RetrievalOutput",
+    "SASRecConfig",
+    "SASRecForRetrieval",
+    "SASRecModel",
     "ShardedCatalogue",
 ]

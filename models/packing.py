@@ -151,6 +151,15 @@ def next_timestamps(layout: JaggedLayout, timestamps: Tensor, request_timestamps
     return following.index_copy(0, last, at_end)
 
 
+def dropout_keys(batch: Mapping[str, Any]) -> Tensor:
+    """int64 [T]: the keys that a packed batch brings for dropout, else new ones from torch's default generator."""
+    if batch.get("token_keys") is not None:
+        keys: Tensor = batch["token_keys"].flatten()
+        return keys
+    ids = batch["input_ids"]
+    return torch.randint(-(2**63), 2**63 - 1, (ids.shape[1],), device=ids.device)
+
+
 def keep_last(batch: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     """Truncate each sequence of a packed batch to its last `max_length` events; positions restart at 0."""
     starts = batch["cu_seq_lens_q"].long()

@@ -91,8 +91,9 @@ class StepArguments:
     micro_batches: int | None = option(
         None, "Micro-batches per step and rank; default: the fewest that keep within max_tokens_per_device."
     )
-    negative_sampling: Literal["uniform", "shared"] = option(
-        "uniform", "Negatives: drawn per event over the catalogue, or shared by the global batch with logQ correction."
+    negative_sampling: Literal["uniform", "shared", "all"] = option(
+        "uniform",
+        "Negatives: drawn per event over the catalogue, shared by the global batch with logQ correction, or all items.",
     )
     num_negatives: int = option(128, "Negatives per event (uniform) or per step (shared).")
     bf16: bool = option(False, "Train the dense parameters in bfloat16 with float32 masters.")

@@ -1,17 +1,22 @@
 """Builds the parts of a training run from its settings: model, batches, engine."""
 
+import dataclasses
 import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from grzoo.data import (
+    AllItems,
+    Catalogue,
     GenRecCollator,
     GlobalBatchSampler,
     RecentFirst,
+    SharedNegatives,
     SlidingWindows,
     StepLoader,
     StochasticLength,
+    UniformNegatives,
 )
 from grzoo.data.windows import WindowPolicy
 from grzoo.embeddings import (
@@ -29,7 +34,7 @@ from grzoo.models import AutoModelForRetrieval
 from transformers import PreTrainedConfig, get_scheduler
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .arguments import DataArguments, OptimizerArguments
+from .arguments import DataArguments, OptimizerArguments, StepArguments
 from .dataset_folder import LoadedData
 from .parsing import build_config
 from .runtime import Runtime, UserError, user_errors
@@ -44,7 +49,7 @@ _OWNED = {
 }
 
 
-def build_model_config(settings: Settings, *, has_timestamps: bool) -> PreTrainedConfig:
+def build_model_config(settings: Settings, *, has_timestamps: bool, num_items: int) -> PreTrainedConfig:
     """The model's configuration: `model:` settings, completed by what the recipe and the data decide.
 
     Raises:
@@ -63,13 +68,17 @@ def build_model_config(settings: Settings, *, has_timestamps: bool) -> PreTraine
         "max_sequence_length": max_length,
         "max_position_embeddings": max_length + PADDED_POSITIONS,
         "negative_sampling": settings.step.negative_sampling,
-        "num_negatives": settings.step.num_negatives,
+        "num_negatives": num_items if settings.step.negative_sampling == "all" else settings.step.num_negatives,
+        "num_items": num_items,
         "embedding_seed": settings.training.seed,
         "use_time_bias": has_timestamps,
     }
     if options.get("use_time_bias") and not has_timestamps:
         raise UserError("model.use_time_bias is true, but the events of this data set have no timestamps: remove it")
-    config: PreTrainedConfig = build_config(CONFIG_MAPPING[model_type], {**decided, **options})
+    config_class = CONFIG_MAPPING[model_type]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    decided = {name: value for name, value in decided.items() if name in known}
+    config: PreTrainedConfig = build_config(config_class, {**decided, **options})
     return config
 
 
@@ -86,10 +95,9 @@ def build_loader(settings: Settings, data: LoadedData, config: Any, runtime: Run
     Raises:
         UserError: an empty split or catalogue, or a token budget below the longest history.
     """
-    step, catalogue = settings.step, data.catalogue
+    step = settings.step
     with user_errors():
-        draw = catalogue.uniform_negatives if step.negative_sampling == "uniform" else catalogue.shared_negatives
-        negatives = draw(step.num_negatives)
+        negatives = _negatives(step, data.catalogue)
         seed = settings.training.seed
         collator = GenRecCollator(
             data.train,
@@ -125,6 +133,14 @@ def window_policy(arguments: DataArguments, seed: int) -> WindowPolicy:
     if arguments.windows == "stochastic":
         return partial(StochasticLength, alpha=arguments.stochastic_alpha, seed=seed)
     return RecentFirst
+
+
+def _negatives(step: StepArguments, catalogue: Catalogue) -> UniformNegatives | SharedNegatives | AllItems:
+    if step.negative_sampling == "all":
+        return catalogue.all_items()
+    if step.negative_sampling == "shared":
+        return catalogue.shared_negatives(step.num_negatives)
+    return catalogue.uniform_negatives(step.num_negatives)
 
 
 def build_engine(settings: Settings, model: Any, deepspeed: EngineConfig, total_steps: int) -> GenRecEngine:

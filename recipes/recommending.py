@@ -77,7 +77,8 @@ def recommend_to_row(model: Any, folder: Path, *, row: int, top_k: int) -> dict[
     processor = GenRecProcessor.from_dataset(folder)
     events = dataset.rows([row])
     history = processor.decode(events["item_id"][:-1])
-    times = events["timestamp"].tolist() if dataset.has_timestamps else None
+    uses_times = dataset.has_timestamps and getattr(model.config, "use_time_bias", False)
+    times = events["timestamp"].tolist() if uses_times else None
     found = recommend(
         model,
         processor,

@@ -76,6 +76,8 @@ def _labels(settings: Settings, model: Any) -> str:
         return (
             f"at most {settings.data.max_candidates} exposures of a user, tasks {', '.join(model.config.tasks or [])}"
         )
+    if settings.step.negative_sampling == "all":
+        return "all items as negatives"
     return f"{settings.step.num_negatives} {settings.step.negative_sampling} negatives"
 
 

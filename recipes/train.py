@@ -102,7 +102,7 @@ def _parts(
         loader = build_ranking_loader(settings, data, config, runtime)
         evaluators = ranking_evaluators(settings, data, config, runtime)
         return config, loader, evaluators, lambda: build_ranking_model(settings, config)
-    config = build_model_config(settings, has_timestamps=data.train.has_timestamps)
+    config = build_model_config(settings, has_timestamps=data.train.has_timestamps, num_items=len(data.catalogue))
     loader = build_loader(settings, data, config, runtime)
     return config, loader, _evaluators(settings, data, config, runtime), lambda: build_model(settings, config)
 

@@ -29,8 +29,9 @@ class HSTUConfig(PreTrainedConfig):
         num_time_buckets: entries of its table.
         temperature: of the sampled softmax.
         negative_sampling: "uniform": own negatives for each token, from all items; "shared": one set for the whole
-            step, drawn from its positives and corrected by the logarithm of their probability.
-        num_negatives: N, per token or per step.
+            step, drawn from its positives and corrected by the logarithm of their probability; "all": the whole
+            catalogue (full softmax).
+        num_negatives: N, per token, per step, or items of the catalogue.
         item_initializer: how new item vectors are drawn, see `grzoo.embeddings.TableConfig`.
         unknown_items: vector of an item that the table does not hold, when reading: "zeros" or "initial".
         table_policies: admission, eviction, max_rows and track_use of a table, by its name, "items"; see TableConfig.
@@ -64,7 +65,7 @@ class HSTUConfig(PreTrainedConfig):
     use_time_bias: bool = True
     num_time_buckets: int = 129
     temperature: float | int = 0.05
-    negative_sampling: Literal["uniform", "shared"] = "uniform"
+    negative_sampling: Literal["uniform", "shared", "all"] = "uniform"
     num_negatives: int = 128
     item_initializer: dict[str, Any] | None = None
     unknown_items: Literal["zeros", "initial"] = "zeros"

@@ -1,8 +1,10 @@
 """Ops of the models: one folder each, with a short float32 ground truth (`naive.py`) beside the fast paths."""
 
+from .full_softmax import full_softmax_loss, full_softmax_loss_naive
 from .hstu_attention import hstu_attention, hstu_attention_eager, hstu_attention_host, hstu_attention_naive
 from .keyed_dropout import keyed_dropout, keyed_dropout_naive
 from .norm_gate_dropout import norm_gate_dropout, norm_gate_dropout_naive
+from .sampled_bce import sampled_bce_loss, sampled_bce_loss_naive
 from .sampled_softmax import (
     sampled_logits,
     sampled_logits_naive,
@@ -10,8 +12,11 @@ from .sampled_softmax import (
     sampled_softmax_loss_host,
     sampled_softmax_loss_naive,
 )
+from .softmax_attention import softmax_attention, softmax_attention_grouped, softmax_attention_naive
 
 __all__ = [
+    "full_softmax_loss",
+    "full_softmax_loss_naive",
     "hstu_attention",
     "hstu_attention_eager",
     "hstu_attention_host",
@@ -20,9 +25,14 @@ __all__ = [
     "keyed_dropout_naive",
     "norm_gate_dropout",
     "norm_gate_dropout_naive",
+    "sampled_bce_loss",
+    "sampled_bce_loss_naive",
     "sampled_logits",
     "sampled_logits_naive",
     "sampled_softmax_loss",
     "sampled_softmax_loss_host",
     "sampled_softmax_loss_naive",
+    "softmax_attention",
+    "softmax_attention_grouped",
+    "softmax_attention_naive",
 ]

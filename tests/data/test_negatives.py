@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from grzoo.data import EventDataset, RecentFirst, SharedNegatives, UniformNegatives
+from grzoo.data import AllItems, EventDataset, GenRecCollator, RecentFirst, SharedNegatives, UniformNegatives
 from grzoo.data.keyed import SITE_NEGATIVE, SITE_SHARED_NEGATIVE, fold, keyed
 from grzoo.data.negatives import ItemLogQ
 from grzoo.data.windows import trained_positions
@@ -60,3 +60,13 @@ def test_bad_arguments() -> None:
         UniformNegatives([], 4)
     with pytest.raises(ValueError, match="catalogue is empty"):
         SharedNegatives([], [], 4)
+
+
+def test_all_items_are_the_catalogue_in_every_micro_batch() -> None:
+    dataset = EventDataset.from_arrays({"item_id": np.arange(8)}, np.array([5, 3]), [1, 1])
+    collator = GenRecCollator(dataset, max_length=4, negatives=AllItems(IDS))
+    for rows in ([0], [1, 0], []):
+        batch = collator(rows)
+        assert batch["negative_ids"].tolist() == IDS.tolist() and "negative_log_q" not in batch
+    with pytest.raises(ValueError, match="catalogue is empty"):
+        AllItems([])

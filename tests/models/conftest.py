@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from grzoo.embeddings import SparseSGD
-from grzoo.models import HSTUConfig, HSTUForRetrieval
+from grzoo.models import HSTUConfig, HSTUForRetrieval, SASRecConfig, SASRecForRetrieval
 
 Batch = dict[str, Any]
 
 
 def make_batch(
-    lengths: list[int], *, negatives: int = 3, shared: bool = False, seed: int = 0, trained: float = 0.8
+    lengths: list[int], *, negatives: int = 3, sampling: str = "uniform", seed: int = 0, trained: float = 0.8
 ) -> Batch:
     """A packed micro-batch of users with these numbers of events, ids of any sign, some labels masked."""
     generator = torch.Generator().manual_seed(seed)
@@ -34,9 +34,11 @@ def make_batch(
         "token_keys": torch.randint(-(2**62), 2**62, (1, total), generator=generator),
         "user_ids": torch.arange(len(lengths)),
     }
-    shape = (negatives,) if shared else (1, total, negatives)
+    shape = (negatives,) if sampling == "shared" else (1, total, negatives)
     batch["negative_ids"] = torch.randint(-7, 12, shape, generator=generator) * 10**17
-    if shared:
+    if sampling == "all":
+        batch["negative_ids"] = torch.randperm(19, generator=generator) * 10**17 - 7 * 10**17
+    if sampling == "shared":
         batch["negative_log_q"] = -5 * torch.rand(negatives, generator=generator)
         batch["label_log_q"] = -5 * torch.rand(1, total, generator=generator)
     return batch
@@ -74,10 +76,60 @@ def pad(batch: Batch, *, left: bool) -> Batch:
     return padded
 
 
+def by_id(model, batches):
+    """Loss, dense gradients by name and row gradients by item id, of micro-batches that were prepared as one step."""
+    model.zero_grad()
+    step = model.embeddings.prepare([model.embedding_ids(batch) for batch in batches]).fetch()
+    total = sum(model.embedding_ids(batch)["labels"].numel() for batch in batches)
+    loss, rows = torch.zeros(()), {}
+    for k, batch in enumerate(batches):
+        part = model(**batch, embeddings=step[k], num_items_in_batch=total).loss
+        part.backward()
+        loss = loss + part.detach()
+    for k, batch in enumerate(batches):
+        for name, ids in model.embedding_ids(batch).items():
+            leaf, index = step[k].rows(name)
+            rows |= dict(zip(ids.flatten().tolist(), step.shares[0].leaf.grad[index.flatten()], strict=True))
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}, rows
+
+
+def assert_same(got, want, atol=1e-6):
+    torch.testing.assert_close(got[0], want[0], atol=atol, rtol=1e-5)
+    assert got[1].keys() == want[1].keys() and got[2].keys() == want[2].keys()
+    for name in want[1]:
+        torch.testing.assert_close(got[1][name], want[1][name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for item in want[2]:
+        torch.testing.assert_close(got[2][item], want[2][item], atol=atol, rtol=1e-4)
+
+
 @pytest.fixture
 def batches() -> Any:
-    """Namespace of make_batch, take_users and pad."""
-    return type("Batches", (), {f.__name__: staticmethod(f) for f in (make_batch, take_users, pad)})
+    """Namespace of the functions above."""
+    functions = (make_batch, take_users, pad, by_id, assert_same)
+    return type("Batches", (), {f.__name__: staticmethod(f) for f in functions})
+
+
+@pytest.fixture
+def micro_sasrec() -> Iterator[Callable[..., SASRecForRetrieval]]:
+    """Builds a small SASRec with an attached sparse optimizer, large random weights and initial vectors."""
+    kept = []
+
+    def build(*, dtype: torch.dtype = torch.float32, **fields: Any) -> SASRecForRetrieval:
+        defaults = dict(
+            hidden_size=6,
+            num_attention_heads=2,
+            max_sequence_length=20,
+            num_negatives=3,
+            item_initializer={"kind": "uniform", "scale": 1.0},
+            initializer_range=0.5,
+        )
+        torch.manual_seed(0)
+        model = SASRecForRetrieval(SASRecConfig(**defaults | fields), embedding_backend="naive").to(dtype).train()
+        kept.append(SparseSGD(model.embeddings, lr=0.1))
+        return model
+
+    yield build
+    kept.clear()
 
 
 @pytest.fixture

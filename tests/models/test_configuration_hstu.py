@@ -28,7 +28,7 @@ def test_impossible_values(fields, message):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"hidden_size": "50"}, {"use_time_bias": 3}, {"negative_sampling": "all"}, {"unknown_items": "one"}]
+    "fields", [{"hidden_size": "50"}, {"use_time_bias": 3}, {"negative_sampling": "every"}, {"unknown_items": "one"}]
 )
 def test_wrong_types(fields):
     with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):

@@ -11,32 +11,6 @@ from torch.nn import functional as F
 LENGTHS = [5, 1, 0, 9, 20, 2]
 
 
-def by_id(model, batches):
-    """Loss, dense gradients by name and row gradients by item id, of micro-batches that were prepared as one step."""
-    model.zero_grad()
-    step = model.embeddings.prepare([model.embedding_ids(batch) for batch in batches]).fetch()
-    total = sum(model.embedding_ids(batch)["labels"].numel() for batch in batches)
-    loss, rows = torch.zeros(()), {}
-    for k, batch in enumerate(batches):
-        part = model(**batch, embeddings=step[k], num_items_in_batch=total).loss
-        part.backward()
-        loss = loss + part.detach()
-    for k, batch in enumerate(batches):
-        for name, ids in model.embedding_ids(batch).items():
-            leaf, index = step[k].rows(name)
-            rows |= dict(zip(ids.flatten().tolist(), step.shares[0].leaf.grad[index.flatten()], strict=True))
-    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}, rows
-
-
-def assert_same(got, want, atol=1e-6):
-    torch.testing.assert_close(got[0], want[0], atol=atol, rtol=1e-5)
-    assert got[1].keys() == want[1].keys() and got[2].keys() == want[2].keys()
-    for name in want[1]:
-        torch.testing.assert_close(got[1][name], want[1][name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    for item in want[2]:
-        torch.testing.assert_close(got[2][item], want[2][item], atol=atol, rtol=1e-4)
-
-
 def paper_loss(weights, config, item, batch):
     """Sampled-softmax loss of a padded batch, straight from the equations of arXiv 2402.17152; dense.
 
@@ -96,13 +70,19 @@ def paper_loss(weights, config, item, batch):
 
 @pytest.mark.parametrize("attn_implementation", ["auto", "eager", "naive"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"use_time_bias": False}, {"negative_sampling": "shared", "num_attention_heads": 1}]
+    "fields",
+    [
+        {},
+        {"use_time_bias": False},
+        {"negative_sampling": "shared", "num_attention_heads": 1},
+        {"negative_sampling": "all"},
+    ],
 )
 def test_equals_the_papers_equations(fields, attn_implementation, micro_model, batches):
     model = micro_model(dtype=torch.float64, **fields)
     model.set_attn_implementation(attn_implementation)
-    batch = batches.make_batch(LENGTHS, shared="negative_sampling" in fields)
-    loss, dense, rows = by_id(model, [batch])
+    batch = batches.make_batch(LENGTHS, sampling=fields.get("negative_sampling", "uniform"))
+    loss, dense, rows = batches.by_id(model, [batch])
     known = {
         item: model.embeddings({"input_ids": torch.tensor([item])}, insert=False)["input_ids"].detach() for item in rows
     }
@@ -116,7 +96,7 @@ def test_equals_the_papers_equations(fields, attn_implementation, micro_model, b
     want, query = paper_loss(weights, model.config, item, batch)
     want.backward()
     wanted = {name: w.grad for name, w in weights.items()}
-    assert_same(
+    batches.assert_same(
         (loss, dense, rows), (want.detach().float().double(), wanted, {i: r.grad.float() for i, r in table.items()})
     )
     got = model(**batch).query_embeddings[0]
@@ -125,12 +105,12 @@ def test_equals_the_papers_equations(fields, attn_implementation, micro_model, b
 
 
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
-def test_padded_equals_packed(left, shared, micro_model, batches):
-    model = micro_model(negative_sampling="shared" if shared else "uniform")
-    batch = batches.make_batch(LENGTHS, shared=shared)
+@pytest.mark.parametrize("sampling", ["uniform", "shared", "all"])
+def test_padded_equals_packed(left, sampling, micro_model, batches):
+    model = micro_model(negative_sampling=sampling)
+    batch = batches.make_batch(LENGTHS, sampling=sampling)
     padded = batches.pad(batch, left=left)
-    assert_same(by_id(model, [padded]), by_id(model, [batch]))
+    batches.assert_same(batches.by_id(model, [padded]), batches.by_id(model, [batch]))
     packed_query, padded_query = model(**batch).query_embeddings, model(**padded).query_embeddings
     mask = padded["attention_mask"].bool()
     assert padded_query.shape[:2] == mask.shape and not padded_query[~mask].any()
@@ -138,27 +118,27 @@ def test_padded_equals_packed(left, shared, micro_model, batches):
 
 
 @pytest.mark.parametrize("split", [[[0, 1, 2], [3, 4, 5]], [[4], [0, 2], [], [5, 3, 1]]])
-@pytest.mark.parametrize("shared", [False, True])
-def test_micro_batches_do_not_change_the_step(split, shared, micro_model, batches):
+@pytest.mark.parametrize("sampling", ["uniform", "shared", "all"])
+def test_micro_batches_do_not_change_the_step(split, sampling, micro_model, batches):
     """Law 1: loss and gradients of a step, with dropout and negatives on, for any micro-batches."""
-    model = micro_model(negative_sampling="shared" if shared else "uniform")
-    batch = batches.make_batch(LENGTHS, shared=shared)
+    model = micro_model(negative_sampling=sampling)
+    batch = batches.make_batch(LENGTHS, sampling=sampling)
     parts = [batches.take_users(batch, users) for users in split]
-    assert_same(by_id(model, parts), by_id(model, [batch]))
+    batches.assert_same(batches.by_id(model, parts), batches.by_id(model, [batch]))
 
 
 def test_gradient_checkpointing_changes_nothing(micro_model, batches):
     model, batch = micro_model(), batches.make_batch(LENGTHS)
-    want = by_id(model, [batch])
+    want = batches.by_id(model, [batch])
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same(by_id(model, [batch]), want, atol=0)
+    batches.assert_same(batches.by_id(model, [batch]), want, atol=0)
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
 def test_empty_micro_batch_reaches_every_parameter(lengths, micro_model, batches):
     """ZeRO counts on a gradient for every parameter in every backward pass."""
     model = micro_model()
-    by_id(model, [batches.make_batch(lengths), batches.make_batch([3])])
+    batches.by_id(model, [batches.make_batch(lengths), batches.make_batch([3])])
     loss = model(**batches.make_batch(lengths), num_items_in_batch=4).loss
     assert loss.item() == 0 and loss.requires_grad
     model.zero_grad()
@@ -175,8 +155,8 @@ def test_no_trained_label_gives_zero_and_a_graph(micro_model, batches):
 
 def test_bf16_trains_close_to_float32(micro_model, batches):
     batch = batches.make_batch(LENGTHS)
-    want = by_id(micro_model(), [batch])
-    got = by_id(micro_model(dtype=torch.bfloat16), [batch])
+    want = batches.by_id(micro_model(), [batch])
+    got = batches.by_id(micro_model(dtype=torch.bfloat16), [batch])
     assert got[0].dtype == torch.float32
     assert abs(got[0] - want[0]) < 0.05 * want[0]
     for name, grad in want[1].items():
@@ -287,13 +267,19 @@ class TestBadInput:
 
     def test_the_other_kind_of_negatives(self, micro_model, batches):
         with pytest.raises(ValueError, match="negative_sampling is 'uniform'.*3 dimensions"):
-            micro_model()(**batches.make_batch([3], shared=True))
+            micro_model()(**batches.make_batch([3], sampling="shared"))
         shared = micro_model(negative_sampling="shared")
         with pytest.raises(ValueError, match="'shared'.*1 dimensions"):
             shared(**batches.make_batch([3]))
-        without = {k: v for k, v in batches.make_batch([3], shared=True).items() if k != "label_log_q"}
+        without = {k: v for k, v in batches.make_batch([3], sampling="shared").items() if k != "label_log_q"}
         with pytest.raises(ValueError, match="label_log_q"):
             shared(**without)
+
+    def test_a_label_outside_the_catalogue(self, micro_model, batches):
+        batch = batches.make_batch([3], sampling="all", trained=1.0)
+        batch["negative_ids"] = batch["negative_ids"][:0]
+        with pytest.raises(ValueError, match="must be the whole catalogue"):
+            micro_model(negative_sampling="all")(**batch)
 
     def test_broken_starts(self, micro_model, batches):
         batch = batches.make_batch([3, 2])
@@ -309,6 +295,6 @@ class TestBadInput:
 def test_float32_by_the_default_paths_equals_float64(micro_model, batches):
     """What users run (float32, the host kernels where there is a compiler) against the float64 form checked above."""
     batch = batches.make_batch(LENGTHS)
-    got, want = by_id(micro_model(), [batch]), by_id(micro_model(dtype=torch.float64), [batch])
+    got, want = batches.by_id(micro_model(), [batch]), batches.by_id(micro_model(dtype=torch.float64), [batch])
     dense = {name: grad.float() for name, grad in want[1].items()}
-    assert_same(got, (want[0].float(), dense, want[2]), atol=1e-5)
+    batches.assert_same(got, (want[0].float(), dense, want[2]), atol=1e-5)

@@ -36,6 +36,7 @@ def sampled_softmax_loss_naive(
     temperature: float,
     positive_log_q: Tensor | None = None,
     negative_log_q: Tensor | None = None,
+    normalize: bool = True,
 ) -> Tensor:
     """Sum over t of `-log softmax([s(t, positive), s(t, negatives)])[0]`.
 
@@ -51,12 +52,15 @@ def sampled_softmax_loss_naive(
         positive_log_q: float32 [T] and negative_log_q: float32 [N]: logarithm of the probability with which an item
             is drawn as a shared negative. The expected count of N draws is N q; the log N cancels between positive and
             negatives.
+        normalize: False leaves out the division by |q_t| |r_i|: inner products instead of cosines.
 
     Returns:
         Scalar: a sum, not a mean.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    query, rows = l2_normalize(query.to(dtype)), l2_normalize(rows.to(dtype))
+    query, rows = query.to(dtype), rows.to(dtype)
+    if normalize:
+        query, rows = l2_normalize(query), l2_normalize(rows)
     negative_index = negative_index.expand(query.shape[0], -1)
     positive = sampled_logits_naive(query, rows, positive_index.unsqueeze(1)) / temperature
     negative = sampled_logits_naive(query, rows, negative_index) / temperature

@@ -44,15 +44,16 @@ def test_sampled_logits_equal_naive(dtype, tolerance, shape, method, monkeypatch
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shared", [False, True], ids=["uniform", "shared"])
 @pytest.mark.parametrize("tokens, negatives, unique", [(0, 4, 3), (1, 1, 2), (40, 6, 9), (3, 2, 100)])
-def test_loss_equals_naive(tokens, negatives, unique, shared):
+def test_loss_equals_naive(tokens, negatives, unique, shared, normalize):
     torch.manual_seed(0)
     query = torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(unique, 5, dtype=torch.float64, requires_grad=True)
     positive = torch.randint(0, unique, (tokens,))
     negative = torch.randint(0, unique, (negatives,) if shared else (tokens, negatives))
-    arguments = dict(temperature=0.05)
+    arguments = dict(temperature=0.05 if normalize else 1.0, normalize=normalize)
     if shared:
         arguments |= dict(positive_log_q=-5 * torch.rand(tokens), negative_log_q=-5 * torch.rand(negatives))
     call = (query, rows, positive, negative, negative == positive.unsqueeze(1))

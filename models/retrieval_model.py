@@ -1,0 +1,288 @@
+"""What all models for retrieval share: the loss of a micro-batch, queries of users, recommendations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import can_return_tuple
+
+from .base import GenRecPreTrainedModel
+from .ops.full_softmax import full_softmax_loss
+from .ops.sampled_softmax import sampled_softmax_loss
+from .ops.sampled_softmax.naive import l2_normalize
+from .outputs import RetrievalModelOutput, RetrievalOutput
+from .packing import JaggedLayout, is_padded, keep_last, next_timestamps, pack_batch, unpack
+from .retrieval import ShardedCatalogue
+
+Embeddings = Mapping[str, Tensor]
+
+
+class GenRecForRetrieval(GenRecPreTrainedModel):
+    """A backbone `model` that predicts the next item: a loss in training, top-k over a catalogue in inference."""
+
+    def embedding_ids(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        batch = pack_batch(batch)
+        ids = {"input_ids": batch["input_ids"]}
+        if "labels" in batch and "negative_ids" in batch:
+            labels, negatives, _ = self._trained(batch)
+            ids |= {"labels": labels, "negative_ids": negatives}
+        return ids
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_mask: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        label_log_q: Tensor | None = None,
+        negative_log_q: Tensor | None = None,
+        embeddings: Embeddings | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> RetrievalModelOutput:
+        """The backbone's `forward` (its arguments too), and the loss when labels and negatives are given.
+
+        Args:
+            labels: int64, like `input_ids`: id of the event after each one; any value where it is masked.
+            label_mask: bool, like `input_ids`: which tokens are trained; None: all.
+            negative_ids: int64 [1, T, N] or [B, L, N] for negative_sampling "uniform", [N] for "shared", the ids of
+                the whole catalogue [C] for "all".
+            label_log_q: float32 like `input_ids`, negative_log_q: float32 [N]: log probabilities of being drawn;
+                needed for "shared".
+            embeddings: rows of a prepared step, see `embedding_ids`.
+            num_items_in_batch: trained tokens of the whole step, over all micro-batches and ranks: what the sum is
+                divided by. None: the trained tokens of this call.
+
+        Raises:
+            ValueError: for labels without negatives in training, for negatives of the other kind, and as
+            the backbone's `forward`.
+        """
+        fields = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q,
+            labels=labels,
+            label_mask=label_mask,
+            negative_ids=negative_ids,
+            label_log_q=label_log_q,
+            negative_log_q=negative_log_q,
+            **{name: kwargs.pop(name, None) for name in ("timestamps", "target_timestamps", "token_keys")},
+        )
+        batch = pack_batch(fields)
+        if self.training and labels is not None and negative_ids is None:
+            raise ValueError("labels are given without negative_ids: give the collator `negatives`, or call eval().")
+        if embeddings is None:
+            embeddings = self.embeddings(self.embedding_ids(batch))
+        output = self.model(**{name: batch.get(name) for name in _MODEL_FIELDS}, embeddings=embeddings, **kwargs)
+        hidden = output.last_hidden_state
+        loss = None
+        if "labels" in batch and "negative_ids" in batch:
+            loss = self._loss(batch, hidden[0], embeddings, num_items_in_batch)
+        query = self.score_vectors(hidden)
+        if is_padded(fields):
+            query = unpack(query, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        return RetrievalModelOutput(loss=loss, query_embeddings=query, hidden_states=output.hidden_states)
+
+    def _trained(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Labels [T'], negatives [T', N] or [N], and the mask [T] that selects the T' trained tokens (None: all)."""
+        labels, negatives = batch["labels"].flatten(), batch["negative_ids"]
+        expected = 3 if self.config.negative_sampling == "uniform" else 1
+        if negatives.dim() != expected:
+            raise ValueError(
+                f"negative_sampling is {self.config.negative_sampling!r}, so negative_ids must have {expected} "
+                f"dimensions; got shape {tuple(negatives.shape)}. Sample as the config says, or change the config."
+            )
+        mask = batch.get("label_mask")
+        if mask is not None and not bool(mask.all()):
+            mask = mask.flatten().bool()
+            return labels[mask], negatives[0][mask] if expected == 3 else negatives, mask
+        return labels, negatives[0] if expected == 3 else negatives, None
+
+    def _loss(
+        self, batch: Mapping[str, Any], hidden: Tensor, embeddings: Embeddings, num_items_in_batch: int | Tensor | None
+    ) -> Tensor:
+        labels, negatives, mask = self._trained(batch)
+        log_q = {}
+        if self.config.negative_sampling == "shared":
+            if "label_log_q" not in batch or "negative_log_q" not in batch:
+                raise ValueError(
+                    "Shared negatives need label_log_q [1, T] and negative_log_q [N]: let the collator draw them."
+                )
+            label_log_q = batch["label_log_q"].flatten()
+            log_q["positive_log_q"] = label_log_q if mask is None else label_log_q[mask]
+            log_q["negative_log_q"] = batch["negative_log_q"]
+        rows, positive_index = embeddings.rows("labels")  # type: ignore[attr-defined]
+        _, negative_index = embeddings.rows("negative_ids")  # type: ignore[attr-defined]
+        query = hidden if mask is None else hidden[mask]
+        if self.config.negative_sampling == "all":
+            total = self._full_softmax(query, rows, positive_index, negative_index)
+        else:
+            accidental = negatives == labels.unsqueeze(1)
+            total = self.sampled_loss(query, rows, positive_index, negative_index, accidental, **log_q)
+        return total / (max(1, labels.numel()) if num_items_in_batch is None else num_items_in_batch)
+
+    def sampled_loss(
+        self,
+        query: Tensor,
+        rows: Tensor,
+        positive_index: Tensor,
+        negative_index: Tensor,
+        accidental: Tensor,
+        **log_q: Tensor,
+    ) -> Tensor:
+        """Sum of the loss over the trained tokens, arguments as of `sampled_softmax_loss`; models override it."""
+        return sampled_softmax_loss(
+            query,
+            rows,
+            positive_index,
+            negative_index,
+            accidental,
+            temperature=self.config.temperature,
+            normalize=self.uses_cosine,
+            **log_q,
+        )
+
+    def _full_softmax(self, query: Tensor, rows: Tensor, positive_index: Tensor, item_index: Tensor) -> Tensor:
+        """Sum over the trained tokens of the softmax loss over the items of the catalogue, rows[item_index]."""
+        place = torch.full((len(rows),), -1, device=item_index.device)
+        place[item_index] = torch.arange(len(item_index), device=item_index.device)
+        target = place[positive_index]
+        if bool((target < 0).any()):
+            raise ValueError(
+                "A label is not among negative_ids, which for negative_sampling='all' must be the whole catalogue: let "
+                "the collator give them, or prepare the data again."
+            )
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        items = self.score_vectors(F.embedding(item_index, rows.to(wide)))
+        return full_softmax_loss(self.score_vectors(query.to(wide)) / self.config.temperature, items, target)
+
+    @property
+    def uses_cosine(self) -> bool:
+        """Whether the score of an item is a cosine; otherwise it is the inner product with its row."""
+        return True
+
+    def score_vectors(self, vectors: Tensor) -> Tensor:
+        """[..., D] -> [..., D]: queries or items such that their inner product is the score."""
+        return l2_normalize(vectors) if self.uses_cosine else vectors
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        timestamps: Tensor | None = None,
+        target_timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
+        embeddings: Embeddings | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Query vectors of users: the output at the last event of each history.
+
+        Arguments as in the backbone's `forward`, and:
+            request_timestamps: int64 [B] seconds, when each user asks. None: `target_timestamps` if given, else the
+                time of the last event.
+
+        Without `embeddings`, histories are cut to their last `max_sequence_length` events. Nothing is inserted, nothing
+        dropped out, whatever the mode; ids without a row get what `unknown_items` says. Collective when the tables
+        are sharded.
+
+        Returns:
+            float32 [B, D].
+
+        Raises:
+            ValueError: for an empty history, and as the backbone's `forward`.
+        """
+        batch = pack_batch(
+            dict(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                cu_seq_lens_q=cu_seq_lens_q,
+                timestamps=timestamps,
+                target_timestamps=target_timestamps,
+            )
+        )
+        if embeddings is None:
+            batch = keep_last(batch, self.config.max_sequence_length)
+        layout = JaggedLayout.from_cu_seq_lens(batch["cu_seq_lens_q"], batch["input_ids"].shape[1])
+        empty = [user for user, length in enumerate(layout.lengths) if length == 0]
+        if empty:
+            raise ValueError(
+                f"The history of user {empty[0]} of this batch is empty: there is nothing to recommend from. Leave "
+                "such users out, and show them popular items."
+            )
+        if request_timestamps is not None and timestamps is not None:
+            batch["target_timestamps"] = next_timestamps(
+                layout, batch["timestamps"].flatten(), request_timestamps
+            ).unsqueeze(0)
+        with self.inference():
+            if embeddings is None:
+                embeddings = self.embeddings({"input_ids": batch["input_ids"]}, insert=False)
+            hidden = self.model(
+                **{name: batch.get(name) for name in _MODEL_FIELDS}, embeddings=embeddings
+            ).last_hidden_state
+            return self.score_vectors(hidden[0].index_select(0, layout.cu_seq_lens[1:] - 1).float())
+
+    def item_embeddings(self, ids: Tensor) -> Tensor:
+        """Vectors that items are scored by, read only: int64 [n] -> float32 [n, D]. Collective when tables are sharded."""
+        with self.inference():
+            return self.score_vectors(self.embeddings({"candidate_ids": ids}, insert=False)["candidate_ids"])
+
+    def recommend(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        top_k: int = 10,
+        candidates: Tensor | ShardedCatalogue | None = None,
+        exclude_seen: bool = True,
+        **history: Any,
+    ) -> RetrievalOutput:
+        """The k best items for each user, by score of query and item, ties to the smaller id.
+
+        Args:
+            input_ids, attention_mask, history: as in `encode` (`timestamps`, `request_timestamps`, `cu_seq_lens_q`,
+                ...).
+            candidates: int64 item ids; None: all rows of the table. Who asks often builds a `ShardedCatalogue` once
+                and passes it.
+            exclude_seen: leave out the items of the history, all of it.
+
+        Raises:
+            ValueError: when there are fewer than `top_k` candidates, for a field of the history that is not known,
+                and as `encode`.
+        """
+        if unknown := sorted(set(history) - _HISTORY_FIELDS):
+            raise ValueError(f"recommend() does not take {unknown}; a history has {sorted(_HISTORY_FIELDS)}.")
+        if not isinstance(candidates, ShardedCatalogue):
+            candidates = ShardedCatalogue(self, candidates, self.embeddings.process_group)
+        queries = self.encode(input_ids, attention_mask, **history)
+        seen = None
+        if exclude_seen:
+            packed = pack_batch(
+                {
+                    "input_ids": input_ids,
+                    "attention_mask": attention_mask,
+                    "cu_seq_lens_q": history.get("cu_seq_lens_q"),
+                }
+            )
+            seen = packed["input_ids"].flatten(), packed["cu_seq_lens_q"].long()
+        return RetrievalOutput(*candidates.top_k(queries, top_k, seen))
+
+
+_HISTORY_FIELDS = {
+    "position_ids",
+    "cu_seq_lens_q",
+    "max_length_q",
+    "timestamps",
+    "target_timestamps",
+    "request_timestamps",
+    "embeddings",
+}
+_MODEL_FIELDS = ("input_ids", "position_ids", "cu_seq_lens_q", "timestamps", "target_timestamps", "token_keys")
