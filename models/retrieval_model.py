@@ -231,7 +231,7 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
             return self.score_vectors(hidden[0].index_select(0, layout.cu_seq_lens[1:] - 1).float())
 
     def item_embeddings(self, ids: Tensor) -> Tensor:
-        """Vectors that items are scored by, read only: int64 [n] -> float32 [n, D]. Collective when tables are sharded."""
+        """Vectors that items are scored by, read only: int64 [n] -> float32 [n, D]. Collective with sharded tables."""
         with self.inference():
             return self.score_vectors(self.embeddings({"candidate_ids": ids}, insert=False)["candidate_ids"])
 
