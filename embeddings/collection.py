@@ -172,6 +172,8 @@ class DynamicEmbeddingCollection(nn.Module):
             mixed = mix64(mix64(ids) + string_key(name))
             assert isinstance(mixed, Tensor)
             digest += [len(ids), int(mixed.sum())]
+            if self.tables[name].unknown == "shared":
+                digest += self.shared_row(name)["rows"].view(torch.int32).flatten().tolist()
         if len({tuple(d) for d in exchange.gather_ints(digest)}) > 1:
             raise ValueError("ranks hold different rows: shard tables that are empty, or loaded alike on every rank")
 

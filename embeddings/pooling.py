@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .jagged import Bags
 from .kernels import Backend
-from .lookup import OnBackward, add_rows
+from .lookup import OnBackward
 
 
 def pool(leaf: Tensor, index: Tensor, bags: Bags, backend: Backend, on_backward: OnBackward) -> Tensor:
@@ -43,11 +43,8 @@ class PoolRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.leaf, ctx.bags, ctx.backend, ctx.on_backward = leaf, bags, backend, on_backward
         ctx.save_for_backward(index, weights)
-        if leaf.device.type == "cpu":
-            pooled = backend.pool_rows(leaf, index, bags.offsets, weights)
-        else:
-            pooled = leaf.new_zeros(len(bags.offsets) - 1, leaf.shape[1])
-            add_rows(pooled, bags.numbers, _weighted(leaf.index_select(0, index), weights), backend)
+        on_cpu = leaf.device.type == "cpu"
+        pooled = backend.pool_rows(leaf, index, bags.offsets, weights) if on_cpu else pool_on_device(leaf, index, bags)
         return pooled.div_(_counts(bags)) if bags.mean else pooled
 
     @staticmethod
@@ -63,11 +60,22 @@ class PoolRows(torch.autograd.Function):
             if leaf.device.type == "cpu":
                 backend.unpool_rows(grad, index, bags.offsets, weights, leaf.grad)
             else:
-                add_rows(leaf.grad, index, _weighted(grad[bags.numbers], weights), backend)
+                unpool_on_device(grad, index, bags, leaf.grad)
         of_weights = None
         if ctx.needs_input_grad[1]:
             of_weights = (leaf.detach()[index] * grad[bags.numbers]).sum(1)
         return None, of_weights, None, None, None, None
+
+
+def pool_on_device(leaf: Tensor, index: Tensor, bags: Bags) -> Tensor:
+    """Return the sums float32 [bags, dim] as `Backend.pool_rows`, by torch: deterministic on CUDA too."""
+    sums = leaf.new_zeros(len(bags.offsets) - 1, leaf.shape[1])
+    return sums.index_put_((bags.numbers,), _weighted(leaf.index_select(0, index), bags.weights), accumulate=True)
+
+
+def unpool_on_device(grads: Tensor, index: Tensor, bags: Bags, out: Tensor) -> None:
+    """Add to `out` as `Backend.unpool_rows`, by torch: deterministic on CUDA too."""
+    out.index_put_((index,), _weighted(grads[bags.numbers], bags.weights), accumulate=True)
 
 
 def _counts(bags: Bags) -> Tensor:

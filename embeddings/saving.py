@@ -184,7 +184,8 @@ def _write_shard(
 
 def _publish(folder: Path, index: Mapping[str, Any]) -> dict[str, Fingerprint]:
     fingerprint = write_text(folder / INDEX_NAME, json.dumps(index, indent=2))
-    for stale in set(folder.glob("embeddings-*-of-*.safetensors")) - {folder / name for name in shard_files(index)}:
+    written = {*folder.glob("embeddings-*-of-*.safetensors"), *folder.glob(SHARED_FILE)}
+    for stale in written - {folder / name for name in shard_files(index)}:
         stale.unlink()
     flush(folder)
     return {INDEX_NAME: fingerprint}

@@ -15,6 +15,7 @@ _PUBLIC_NAMES = {
     "HSTUConfig": "grzoo.models",
     "HSTUForRetrieval": "grzoo.models",
     "HSTUModel": "grzoo.models",
+    "Jagged": "grzoo.embeddings",
     "MTGRConfig": "grzoo.models",
     "MTGRForRanking": "grzoo.models",
     "MTGRModel": "grzoo.models",

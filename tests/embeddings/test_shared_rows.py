@@ -144,6 +144,8 @@ def test_s20_it_is_saved_and_loaded_with_its_table(tmp_path: Path, state: bool) 
     zeros = DynamicEmbeddingCollection(configs, FEATURES, seed=1)
     load_tables(zeros, tmp_path, state=False)
     assert look_up(zeros.eval(), "item", UNKNOWN).abs().sum() == 0
+    save_tables(zeros, tmp_path, state=False)
+    assert not (tmp_path / "embeddings-shared.safetensors").exists()
 
 
 def test_s28_a_copy_has_its_own() -> None:

@@ -200,6 +200,27 @@ private:
         grzoo_use_huge_pages(values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
         std::vector<float> taken(static_cast<size_t>(n * dim_));
         CHECK(grzoo_take_rows(sums.data(), found, inverse.data(), n, dim_, taken.data(), threads()) == GRZOO_OK);
+        pool(sums, found, inverse);
+    }
+
+    // Bags of 0 to 3 rows, the rest in the last one; then the sum over the bags is that over the rows.
+    void pool(const std::vector<float>& values, int64_t rows, const std::vector<int64_t>& index) {
+        const int64_t n = static_cast<int64_t>(index.size());
+        std::vector<int64_t> offsets{0};
+        while (offsets.size() < 50 && offsets.back() + 3 <= n) offsets.push_back(offsets.back() + static_cast<int64_t>(random_() % 4));
+        offsets.push_back(n);
+        const int64_t bags = static_cast<int64_t>(offsets.size()) - 1;
+        const std::vector<float> ones(index.size(), 1.f);
+        const float* weights = random_() % 2 ? ones.data() : nullptr;
+        std::vector<float> pooled(static_cast<size_t>(bags * dim_)), back(static_cast<size_t>(rows * dim_), 0.f);
+        CHECK(grzoo_pool_rows(values.data(), rows, index.data(), n, offsets.data(), bags, weights, dim_, pooled.data(), threads()) == GRZOO_OK);
+        double expected = 0, sum = 0;
+        for (int64_t row : index) expected += values[static_cast<size_t>(row * dim_)];
+        for (int64_t b = 0; b < bags; ++b) sum += pooled[static_cast<size_t>(b * dim_)];
+        CHECK(sum == expected);
+        CHECK(grzoo_unpool_rows(pooled.data(), index.data(), n, offsets.data(), bags, weights, rows, dim_, back.data(), threads()) == GRZOO_OK);
+        offsets.back() += 1;
+        CHECK(grzoo_pool_rows(values.data(), rows, index.data(), n, offsets.data(), bags, weights, dim_, pooled.data(), 1) == GRZOO_INVALID);
     }
 
     void bad_calls() {
