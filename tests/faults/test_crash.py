@@ -69,7 +69,7 @@ def check_every_crash(root: Path, log: Path, scratch_folder: Path, draws: int) -
 
 
 @pytest.mark.parametrize(
-    ("world_size", "draws"), [(1, 3), pytest.param(2, 300, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+    ("world_size", "draws"), [(1, 3), pytest.param(2, 30, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
 def test_a_crash_at_any_operation_leaves_the_last_complete_checkpoint(
     tmp_path: Path, world_size: int, draws: int
