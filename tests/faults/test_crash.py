@@ -41,8 +41,8 @@ def found_in(scratch: Path) -> Tree | None:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def check_every_crash(root: Path, log: Path, scratch_folder: Path, draws: int) -> dict[str, int]:
-    operations = read_log(log)
+def check_every_crash(operations: list[Operation], scratch_folder: Path, draws: int) -> int:
+    """Looks for the checkpoint in every state that a crash can leave; returns the number of different states."""
     versions = versions_of(operations)
     assert len(versions) == 4 and all(len(version) >= 6 for version in versions)
     disk, scratch, rng = Disk(), Scratch(scratch_folder), random.Random(0)
@@ -63,9 +63,15 @@ def check_every_crash(root: Path, log: Path, scratch_folder: Path, draws: int) -
             assert found in allowed, (
                 f"after operation {number} ({operation.kind} {operation.path}), {how}: {sorted(tree)}"
             )
-    on_disk = {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
-    assert disk.tree() == on_disk, "the recorder missed an operation"
-    return {"operations": len(operations), "states": states}
+    return states
+
+
+def check_recorded(operations: list[Operation], root: Path) -> None:
+    """Replayed to the end, the operations give what is on the real disk: none was missed."""
+    disk = Disk()
+    for operation in operations:
+        disk.apply(operation)
+    assert disk.tree() == {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
 
 
 @pytest.mark.parametrize(
@@ -75,17 +81,23 @@ def test_a_crash_at_any_operation_leaves_the_last_complete_checkpoint(
     tmp_path: Path, world_size: int, draws: int
 ) -> None:
     root, log, _ = run_job("trace", tmp_path, world_size)
-    begin = time.monotonic()
-    figures = check_every_crash(root, log, tmp_path / "scratch", draws)
+    begin, operations = time.monotonic(), read_log(log)
+    check_recorded(operations, root)
+    states = check_every_crash(operations, tmp_path / "scratch", draws)
     report(
         f"crash at every file operation, {world_size} ranks",
-        events=figures["states"],
+        events=states,
         unusable=0,
         differing=0,
         seconds=time.monotonic() - begin,
-        detail=f"{figures['operations']} operations of 4 saves, distinct states of the disk",
+        detail=f"{len(operations)} operations of 4 saves, distinct states of the disk",
     )
-    assert figures["operations"] > 100 and figures["states"] > 300
+    assert len(operations) > 100 and states > 300
+    for what, depth in (("a file", 4), ("the folder of a checkpoint", 3), ("the folder above", 2)):
+        forgetful = [o for o in operations if o.kind != "sync" or o.path.count("/") + 1 != depth]
+        assert len(forgetful) < len(operations)
+        with pytest.raises(AssertionError):
+            check_every_crash(forgetful, tmp_path / f"not syncing {what}", draws)
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
