@@ -92,18 +92,22 @@ def test_unknown_hyperparameter_names_near_ones():
         build_config(Config, {"hidden_sizes": 9})
 
 
-@pytest.mark.parametrize("name", ["hstu_synthetic", "hstu_ml1m", "hstu_ml100k", "hstu_beauty", "hstu_sports"])
+HSTU = ["hstu_synthetic", "hstu_ml1m", "hstu_ml100k", "hstu_beauty", "hstu_sports"]
+SASREC = ["sasrec_ml1m", "sasrec_ml100k", "sasrec_beauty", "sasrec_sports"]
+
+
+@pytest.mark.parametrize("name", HSTU + SASREC)
 def test_shipped_configurations_parse(name):
     settings = read_settings(["--config", name, "--output_dir", "x"])
-    config = build_model_config(settings, has_timestamps=False)
-    assert config.model_type == "hstu"
+    config = build_model_config(settings, has_timestamps=False, num_items=100)
+    assert config.model_type == name.split("_")[0]
     assert config.max_sequence_length == settings.data.max_length
     assert (settings.data.dataset == "synthetic") == (name == "hstu_synthetic")
 
 
 def test_a_longer_history_needs_no_other_setting():
     settings = read_settings(["--config", "hstu_beauty", "--output_dir", "x", "--max_length", "100"])
-    assert build_model_config(settings, has_timestamps=False).max_position_embeddings == 111
+    assert build_model_config(settings, has_timestamps=False, num_items=100).max_position_embeddings == 111
 
 
 def test_impossible_hyperparameter_is_one_line():
@@ -111,6 +115,6 @@ def test_impossible_hyperparameter_is_one_line():
         ["--config", "hstu_beauty", "--output_dir", "x", "--max_length", "100", "--model.max_position_embeddings", "61"]
     )
     with pytest.raises(UserError, match=r"^HSTUConfig: .*max_position_embeddings \(61\)") as error:
-        build_model_config(settings, has_timestamps=False)
+        build_model_config(settings, has_timestamps=False, num_items=100)
     assert "\n" not in str(error.value)
     assert "validation error" not in str(error.value)
