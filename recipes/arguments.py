@@ -112,9 +112,19 @@ class TrainingArguments:
     eval_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When to rank the evaluation users.")
     eval_steps: int = option(1000, "Steps between two evaluations, for eval_strategy=steps.")
     eval_epochs: int = option(1, "Epochs between two evaluations, for eval_strategy=epoch.")
-    save_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When to write checkpoint-N.")
+    save_strategy: Literal["no", "steps", "epoch", "best"] = option(
+        "epoch", "When to write checkpoint-N; best: after an evaluation that is the best so far."
+    )
     save_steps: int = option(1000, "Steps between two checkpoints, for save_strategy=steps.")
-    save_total_limit: int = option(2, "Checkpoints that are kept; the oldest is deleted first.")
+    save_total_limit: int = option(2, "Checkpoints that are kept, 0: all; the oldest is deleted first, the best never.")
+    load_best_model_at_end: bool = option(
+        False, "Save after each evaluation that is the best so far; at the end load, test and export that model."
+    )
+    metric_for_best_model: str | None = option(None, "What is best; default: ndcg@10, of ranking models auc.")
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations without a better one; default: never."
+    )
+    early_stopping_threshold: float = option(0.0, "By how much an evaluation must be better to end that waiting.")
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder, or 'last' (or 'true') for the newest in output_dir."
     )

@@ -55,6 +55,14 @@ class Evaluator:
             max_tokens_per_device=max_tokens,
         )
 
+    @property
+    def metric_names(self) -> list[str]:
+        """What an evaluation gives; the first is the metric that decides unless another is asked for."""
+        cutoffs = self.arguments.top_k
+        main = f"ndcg@{10 if 10 in cutoffs else max(cutoffs)}"
+        names = list(ranking_metrics(torch.ones(1), cutoffs))
+        return [main, *(name for name in names if name != main)]
+
     def __call__(self, model: Any) -> dict[str, float]:
         """Metrics of `model` (its forward gives `query_embeddings`). Collective."""
         device = next(model.parameters()).device

@@ -21,6 +21,7 @@ from .parsing import build_config
 from .runtime import Runtime, UserError, user_errors
 from .settings import Settings
 
+METRICS = ("auc", "gauc", "logloss", "ne")
 _FROM_SCHEMA = ("tasks", "user_features", "event_features", "item_features", "cross_features")
 _OWNED = {"max_sequence_length": "--max_length", "embedding_seed": "--seed"}
 
@@ -148,6 +149,11 @@ class RankingEvaluator:
             max_tokens_per_device=max_tokens,
         )
 
+    @property
+    def metric_names(self) -> list[str]:
+        """What an evaluation gives; the first is the metric that decides unless another is asked for."""
+        return [(name if at == 0 else f"{task}/{name}") for at, task in enumerate(self.tasks) for name in METRICS]
+
     def __call__(self, model: Any) -> dict[str, float]:
         """Metrics of `model` (its forward gives `logits`). Collective."""
         device = next(model.parameters()).device
@@ -159,7 +165,7 @@ class RankingEvaluator:
             return found
 
         with model.inference():
-            return self._metrics(logits, ("auc", "gauc", "logloss", "ne"))
+            return self._metrics(logits, METRICS)
 
     def popularity(self) -> dict[str, float]:
         """AUC and GAUC of the number of an item's training events. Collective."""

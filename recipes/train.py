@@ -17,6 +17,7 @@ from typing import Any
 from grzoo.data import StepLoader
 from grzoo.embeddings.engine.folder import candidates
 from grzoo.recipes.assembly import build_engine, build_loader, build_model, build_model_config
+from grzoo.recipes.best_model import build_best_model
 from grzoo.recipes.dataset_folder import LoadedData, find_or_prepare, has_split, load
 from grzoo.recipes.deepspeed_config import resolve
 from grzoo.recipes.evaluation import Evaluator
@@ -46,6 +47,8 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     connect(runtime, use_cpu=settings.common.use_cpu, local_rank=settings.common.local_rank)
     data = load(find_or_prepare(settings.data, settings.data_options, runtime))
     config, loader, evaluators, make_model = _parts(settings, data, runtime)
+    evaluate = evaluators[data.evaluation_split]
+    best = build_best_model(settings.training, data.evaluation_split, evaluate.metric_names)
     resume_from = _checkpoint_to_resume(settings)
     steps = total_steps(settings.training, len(loader.sampler))
     model = make_model()
@@ -63,7 +66,6 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     conditions = describe(settings, data, engine, steps, runtime)
     runtime.say("\n".join(f"{name:<12} {value}" for name, value in conditions.items()))
 
-    evaluate = evaluators[data.evaluation_split]
     log_dir = Path(settings.training.output_dir or "") if runtime.is_main else None
     log = MetricsLog(log_dir, report_to=settings.training.report_to)
     loop = TrainingLoop(
@@ -79,6 +81,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
             "dataset_dir": str(data.folder),
             "command": _command(argv),
         },
+        best=best,
     )
     if resume_from:
         with user_errors():
@@ -88,6 +91,9 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     if loop.step == 0:
         log.write(0, 0.0, {f"popularity/{name}": value for name, value in evaluate.popularity().items()})
     loop.run()
+    loop.load_best()
+    if best is not None and best.keeps:
+        conditions["chosen by"] = f"validation {best}"
     _finish(settings, data, engine, loop, evaluators, conditions, argv, runtime)
     log.close()
 
@@ -157,6 +163,8 @@ def _final_metrics(
         metrics = test(engine.module)
     values = {f"test/{name}": value for name, value in metrics.items()}
     values |= {f"test/popularity/{name}": value for name, value in baseline.items()}
+    if loop.best is not None and loop.best.keeps:
+        values |= loop.best.metrics()
     loop.log.write(loop.step, loop.epoch, values)
     return metrics, baseline
 

@@ -13,9 +13,10 @@ from grzoo.embeddings.engine.rotation import rotate
 from tqdm import tqdm
 
 from .arguments import TrainingArguments
+from .best_model import BestModel
 from .metrics_log import MetricsLog
 from .preemption import Preemption
-from .runtime import Preempted, Runtime, UserError
+from .runtime import Preempted, Runtime, UserError, user_errors
 
 _SHOWN = ("ndcg@10", "hr@10", "hr@50", "mrr", "auc", "gauc", "logloss", "ne")
 
@@ -64,6 +65,7 @@ class TrainingLoop:
         evaluate: makes the metrics of one evaluation (collective); called when due by `arguments.eval_strategy`.
         total_steps: optimizer steps of the whole run, those before a resume included.
         identity: JSON values that every checkpoint carries, to make the model of it again.
+        best: follows the evaluations, if the best is to be kept or training to stop early.
     """
 
     def __init__(
@@ -77,9 +79,10 @@ class TrainingLoop:
         total_steps: int,
         evaluate: Callable[[], dict[str, float]],
         identity: dict[str, Any],
+        best: BestModel | None = None,
     ) -> None:
         self.engine, self.loader, self.arguments, self.log, self.runtime = engine, loader, arguments, log, runtime
-        self.total_steps, self.evaluate, self.identity = total_steps, evaluate, identity
+        self.total_steps, self.evaluate, self.identity, self.best = total_steps, evaluate, identity, best
         self.step = 0
         self.saved_step: int | None = None
         self.preemption = Preemption(engine.exchange)
@@ -92,6 +95,8 @@ class TrainingLoop:
             raise UserError(f"{path} was not written by this recipe: it holds no position in the data")
         self.loader.load_state_dict(state["loader"])
         self.step = self.saved_step = int(state["step"])
+        if self.best is not None:
+            self.best.load_state_dict(state.get("best") or {}, path)
         return path
 
     def run(self) -> None:
@@ -104,9 +109,35 @@ class TrainingLoop:
         # tqdm's None: hidden where there is no terminal.
         hide = True if not self.runtime.is_main or self.arguments.disable_tqdm else None
         with self.preemption, tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hide) as bar:
-            while self.step < self.total_steps:
+            while not self._is_done():
                 self._run_epoch(bar)
-            self._save_last()
+            if self.arguments.save_strategy != "best":
+                self._save_last()
+            if self.best is not None and self.step < self.total_steps and self.runtime.is_main:
+                bar.write(f"stopped early: {self.best.waited} evaluations without a better one than {self.best}")
+
+    def load_best(self) -> None:
+        """Puts the weights and rows of the best evaluation into the engine, when they were to be kept. Collective.
+
+        Raises:
+            UserError: on all ranks, when no evaluation was the best, or its checkpoint is missing or damaged.
+        """
+        if self.best is None or not self.best.keeps or self.best.step == self.step:
+            return
+        if self.best.checkpoint is None:
+            why = "no evaluation had a finite value" if self.best.step is None else "its checkpoint is missing"
+            raise UserError(f"there is no best {self.best.metric} to load: {why}; {self._export_the_last()}")
+        try:
+            with user_errors():
+                self.engine.load_checkpoint(self.best.checkpoint)
+        except UserError as error:
+            raise UserError(f"{error}; {self._export_the_last()}") from error
+
+    def _export_the_last(self) -> str:
+        return f"recipes/export.py exports checkpoint-{self.saved_step}"
+
+    def _is_done(self) -> bool:
+        return self.step >= self.total_steps or (self.best is not None and self.best.is_out_of_patience)
 
     def _run_epoch(self, bar: Any) -> None:
         meter, waiting = Meter(), time.perf_counter()
@@ -120,13 +151,15 @@ class TrainingLoop:
             if self.step % self.arguments.logging_steps == 0 or self.step == self.total_steps:
                 self._log(bar, meter, output)
                 meter = Meter()
+            is_best = False
             if self._evaluates(ends_epoch, global_step.epoch):
                 meter.began += self._evaluate(bar)
-            if self._saves(ends_epoch):
+                is_best = self._is_best()
+            if is_best or self._saves(ends_epoch):
                 meter.began += self._save()
             if self.preemption.is_due():
                 self._leave()
-            if self.step == self.total_steps:
+            if self._is_done():
                 return
             waiting = time.perf_counter()
 
@@ -173,6 +206,13 @@ class TrainingLoop:
             bar.write(f"evaluation after {self.step} steps: {shown}  ({seconds:.1f} s)")
         return seconds
 
+    def _is_best(self) -> bool:
+        """Whether the evaluation just made has to be saved, as the best one."""
+        if self.best is None:
+            return False
+        assert self.last_evaluation is not None
+        return self.best.update(self.step, self.epoch, self.last_evaluation[1]) and self.best.keeps
+
     def _table_metrics(self) -> dict[str, float]:
         """Numbers of each table since the last evaluation. Collective."""
         return {
@@ -187,13 +227,17 @@ class TrainingLoop:
         assert self.arguments.output_dir is not None
         folder = Path(self.arguments.output_dir)
         state = {**self.identity, "loader": self.loader.state_dict(), "step": self.step}
+        if self.best is not None:
+            state["best"] = self.best.state_dict()
         try:
             path = self.engine.save_checkpoint(folder, tag=f"checkpoint-{self.step}", client_state=state)
         except OSError as error:
             raise UserError(f"cannot write checkpoint-{self.step}: {error}; {self._what_is_left(folder)}") from error
         self.saved_step = self.step
+        if self.best is not None and self.best.step == self.step:
+            self.best.checkpoint = path
         if self.runtime.is_main:
-            rotate(path, self.arguments.save_total_limit)
+            rotate(path, self.arguments.save_total_limit, keep=self.best.checkpoint if self.best else None)
         return time.perf_counter() - began
 
     def _what_is_left(self, folder: Path) -> str:

@@ -10,18 +10,21 @@ _LEFTOVER = re.compile(r"checkpoint-\d+(?:\.replaced)?\.(incomplete|replaced|del
 _STEP = re.compile(r"checkpoint-(\d+)")
 
 
-def rotate(newest: Path, limit: int) -> None:
+def rotate(newest: Path, limit: int, keep: Path | None = None) -> None:
     """Keeps `limit` checkpoints (0: all): `newest`, which was just written, and the latest complete ones before it.
 
-    Damaged ones before it go, whatever their step. Those of later steps, which a resumed run has not reached again, are
-    left alone. Not while another program saves into the same folder.
+    `keep`, if it is complete, is one of them, whatever the limit. Damaged ones before `newest` go, whatever their step.
+    Those of later steps, which a resumed run has not reached again, are left alone. Not while another program saves
+    into the same folder.
     """
     save_dir = newest.parent
     delete_leftovers(save_dir)
     older = [path for path in folders.candidates(save_dir) if _step(path) < _step(newest)]
     complete = [path for path in older if folders.is_sealed(path)]
+    kept = [path for path in complete if keep is not None and path.resolve() == keep.resolve()]
+    kept += [path for path in complete if path not in kept][: max(0, limit - 1 - len(kept))]
     for path in older if limit > 0 else ():
-        if path not in complete[: limit - 1]:
+        if path not in kept:
             delete(path)
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from grzoo.data import Catalogue
 from grzoo.embeddings import saving
 from grzoo.embeddings.engine import GenRecEngine
 from grzoo.embeddings.engine import checkpoint as checkpoints
+from grzoo.recipes.evaluation import Evaluator
+from grzoo.recipes.loading import load_model
 from grzoo.recipes.runtime import Preempted, Runtime, UserError
 from grzoo.recipes.train import main as train
 
@@ -65,6 +69,7 @@ def all_jobs(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     check_resume_by_path(job, expected)
     check_damaged_newest(job, expected)
     check_disk_full(job, expected)
+    check_best(job)
     return {"losses": expected}
 
 
@@ -147,6 +152,53 @@ def check_disk_full(job: Job, expected: dict[int, float]) -> None:
     job.at_step = lambda step: None
     found = job.run("full", "--max_steps 7 --save_steps 2 --resume_from_checkpoint last")
     assert found == {step: loss for step, loss in expected.items() if step > 2}
+
+
+def check_best(job: Job) -> None:
+    """The best of scripted evaluations is kept, ends the waiting and is exported, also when the run was interrupted."""
+    options = (
+        "--dataset_dir validated --eval_strategy steps --eval_steps 1 --max_steps 9 --load_best_model_at_end true "
+    )
+    options += "--early_stopping_patience 3 --metric_for_best_model mrr --save_total_limit 1 --save_steps 1"
+    values = dict(enumerate((0.1, 0.3, 0.2, 0.25, 0.3, 0.9), 1))
+
+    def scripted(evaluator: Evaluator, model: Any) -> dict[str, float]:
+        return {"mrr": values[max(job.losses)] if evaluator.split == "validation" else 0.5}
+
+    def tell(step: int) -> None:
+        if step == 3 and job.runtime.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", scripted)
+        expected = job.run("best", options)
+        assert sorted(expected) == [1, 2, 3, 4, 5] and names("best") == ["checkpoint-2", "checkpoint-5"]
+        job.at_step = tell
+        with pytest.raises(Preempted, match="saved checkpoint-3"):
+            job.run("told-best", options)
+        assert names("told-best") == ["checkpoint-2", "checkpoint-3"]
+        job.at_step = lambda step: None
+        again = job.run("told-best", f"{options} --resume_from_checkpoint last")
+        assert again == {4: expected[4], 5: expected[5]} and names("told-best") == ["checkpoint-2", "checkpoint-5"]
+        assert job.run("told-best", f"{options} --resume_from_checkpoint last") == {}
+        job.run("only-best", f"{options} --save_strategy best")
+        assert names("only-best") == ["checkpoint-2"]
+    for output_dir in ("best", "told-best", "only-best") if job.runtime.is_main else ():
+        check_exported(Path(output_dir))
+        last = json.loads(Path(output_dir, "metrics.jsonl").read_text().splitlines()[-1])
+        assert (last["step"], last["best/step"], last["best/mrr"], last["test/mrr"]) == (5, 2, 0.3, 0.5)
+
+
+def check_exported(output_dir: Path) -> None:
+    """The exported model is that of checkpoint-2, to the bit, and not that of the last step."""
+    exported, best = load_model(output_dir / "export"), load_model(output_dir / "checkpoint-2")
+    weights = best.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in exported.state_dict().items())
+    items = torch.from_numpy(Catalogue.from_folder("validated").ids)
+    assert torch.equal(exported.item_embeddings(items), best.item_embeddings(items))
+    if (output_dir / "checkpoint-5").exists():
+        last = load_model(output_dir / "checkpoint-5")
+        assert not torch.equal(exported.item_embeddings(items), last.item_embeddings(items))
 
 
 class Messages(logging.Handler):

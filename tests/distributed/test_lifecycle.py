@@ -11,8 +11,10 @@ from spawn import spawn
 
 
 def test_life_of_a_run_on_two_ranks(tmp_path: Path) -> None:
-    """Bit-equal losses after every interruption, checkpoints limited, one message for a full disk, none hangs."""
+    """Bit-equal losses after every interruption, checkpoints limited, the best one kept, one message for a full
+    disk, none hangs."""
     log = "synthetic --num_users 60 --num_items 40 --mean_length 8 --output_dir"
     assert prepare([*log.split(), str(tmp_path / "data")]) == 0
+    assert prepare([*log.split(), str(tmp_path / "validated"), "--validation", "last"]) == 0
     answers = spawn(2, lifecycle_jobs.all_jobs, str(tmp_path), timeout=240.0)
     assert answers[0] == answers[1]

@@ -57,3 +57,19 @@ def test_a_folder_without_ranking_columns_is_named(folder, monkeypatch):
     options = [*MICRO, "--dataset_dir", "plain", "--data.ranking", "false", "--output_dir", "x"]
     with pytest.raises(UserError, match="data.ranking to true"):
         run_here(train, *options)
+
+
+def test_the_best_model_is_chosen_on_the_validation_part(folder, monkeypatch):
+    """By AUC; a log without a validation part has nothing to choose by."""
+    monkeypatch.chdir(folder)
+    choice = (
+        "--load_best_model_at_end true --save_strategy best --early_stopping_patience 1 --eval_strategy steps".split()
+    )
+    with pytest.raises(UserError, match="validation=last"):
+        run_here(train, *MICRO, *choice, "--output_dir", "x")
+    options = [*MICRO, *choice, "--data.validation", "last", "--dataset_dir", "validated", "--eval_steps", "1"]
+    run_here(train, *options, "--output_dir", "best", "--max_steps", 4, "--learning_rate", 0.1)
+    lines = [json.loads(line) for line in (folder / "best/metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["eval/auc"] for line in lines if "eval/auc" in line}
+    assert lines[-1]["best/auc"] == max(found.values()) == found[lines[-1]["best/step"]]
+    assert "| chosen by | validation auc" in (folder / "best/report.md").read_text()

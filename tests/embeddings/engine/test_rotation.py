@@ -29,6 +29,16 @@ def test_the_newest_stay_and_later_steps_are_left_alone(tmp_path: Path, limit: i
     assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in kept)
 
 
+@pytest.mark.parametrize(
+    ("keep", "limit", "kept"),
+    [(2, 1, [2, 10]), (2, 2, [2, 10]), (2, 3, [2, 9, 10]), (9, 2, [9, 10]), (10, 2, [9, 10]), (10, 1, [10])],
+)
+def test_the_best_stays_whatever_the_limit(tmp_path: Path, keep: int, limit: int, kept: list[int]) -> None:
+    write(tmp_path, 1, 2, 9, 10)
+    rotation.rotate(tmp_path / "checkpoint-10", limit, keep=tmp_path / "x" / ".." / f"checkpoint-{keep}")
+    assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in kept)
+
+
 def test_damaged_ones_do_not_take_the_place_of_complete_ones(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3, 4)
     (tmp_path / "checkpoint-3" / "a.json").unlink()
