@@ -33,14 +33,24 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
-    """Print the rows as CSV, and append them to the file at `path`, with a header where it is new."""
+    """Print the rows as CSV, and append them to the file at `path`, under the columns that it has.
+
+    Raises:
+        ValueError: the file lacks a column.
+    """
     rows = [row | conditions() for row in rows]
-    _write(rows, sys.stdout, header=True)
+    _write(rows, sys.stdout, list(rows[0]), header=True)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        with open(path, "a", newline="") as file:
-            _write(rows, file, header=is_new)
+        append_rows(rows, path)
+
+
+def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Append rows that carry their conditions already; see `write_rows`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    columns = list(rows[0]) if is_new else path.read_text().partition("\n")[0].split(",")
+    with open(path, "a", newline="") as file:
+        _write(rows, file, columns, header=is_new)
 
 
 def print_headline(figures: dict[str, Any]) -> None:
@@ -48,8 +58,8 @@ def print_headline(figures: dict[str, Any]) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def _write(rows: Sequence[dict[str, Any]], file: Any, *, header: bool) -> None:
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+def _write(rows: Sequence[dict[str, Any]], file: Any, columns: Sequence[str], *, header: bool) -> None:
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)
