@@ -7,8 +7,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .dataset_folder import LoadedData
 from .loading import auto_class
+from .provenance import versions
 from .report import metrics_table
-from .summary import versions
 
 _TEMPLATE = """---
 {metadata}

@@ -1,7 +1,5 @@
 """What a run chose: printed at its start, and the conditions of its report and model card."""
 
-import os
-import platform
 from typing import Any
 
 import numpy as np
@@ -36,17 +34,6 @@ def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int
         "optimizers": f"dense adamw lr {optimizer.learning_rate:g}, tables {optimizer.sparse_optimizer} lr "
         f"{optimizer.table_learning_rate:g}, schedule {optimizer.lr_scheduler_type}, "
         f"clipping {optimizer.max_grad_norm or 'off'}, seed {settings.training.seed}",
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions and machine: the conditions of every measured number."""
-    from importlib.metadata import version
-
-    packages = [f"{name} {version(name)}" for name in ("grzoo", "torch", "deepspeed", "transformers")]
-    return {
-        "versions": ", ".join([*packages, f"Python {platform.python_version()}"]),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
     }
 
 

@@ -24,6 +24,7 @@ from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
 from grzoo.recipes.loading import warm_start, warm_start_tables
 from grzoo.recipes.metrics_log import MetricsLog
+from grzoo.recipes.provenance import versions
 from grzoo.recipes.ranking import (
     build_ranking_config,
     build_ranking_loader,
@@ -35,7 +36,7 @@ from grzoo.recipes.recommending import recommend_to_row, table
 from grzoo.recipes.report import metrics_table, write_report
 from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
 from grzoo.recipes.settings import Settings, read_settings
-from grzoo.recipes.summary import describe, versions
+from grzoo.recipes.summary import describe
 from grzoo.recipes.training import TrainingLoop, total_steps
 
 

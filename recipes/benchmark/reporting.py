@@ -3,7 +3,6 @@
 import csv
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,17 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from grzoo.recipes.provenance import commit, device
 
 
 def conditions() -> dict[str, Any]:
     """Return device, versions, commit and threads of this run, the same columns in every CSV."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": device(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "grzoo": version("grzoo"),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -63,20 +63,3 @@ def _write(rows: Sequence[dict[str, Any]], file: Any, columns: Sequence[str], *,
     if header:
         writer.writeheader()
     writer.writerows(rows)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} x {len(names)}" if names else platform.machine()
-
-
-def _commit() -> str:
-    folder = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else "none"
