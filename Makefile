@@ -12,7 +12,7 @@ PORT ?= 29517
 export PATH := $(abspath $(RUN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow faults sanitize lint clean-demo
+.PHONY: setup demo demo-checkpoint test test-slow faults sanitize lint clean-demo
 
 setup: $(STAMP)
 
@@ -27,6 +27,13 @@ demo: $(STAMP) clean-demo
 	$(RUN)/deepspeed -q --master_port $(PORT) --num_accelerators 2 recipes/train.py --config recipes/configs/hstu_synthetic.yaml \
 	    --deepspeed_config ds_configs/zero1.json --dataset_dir $(DEMO)/dataset --output_dir $(DEMO) --use_cpu
 	$(RUN)/python recipes/recommend.py --model $(DEMO)/export --expect $(DEMO)/recommendations.json
+
+# The small model that comes with the package (models/demo/): trained anew, one rank, one thread, rows in bfloat16.
+demo-checkpoint: export OMP_NUM_THREADS = 1
+demo-checkpoint: $(STAMP) clean-demo
+	$(RUN)/python recipes/train.py --config hstu_synthetic --dataset_dir $(DEMO)/dataset --output_dir $(DEMO) --use_cpu --save_total_limit 1
+	rm -rf models/demo/export
+	$(RUN)/python recipes/export.py --checkpoint $(DEMO)/checkpoint-* --row_dtype bfloat16 --license apache-2.0 --output_dir models/demo/export
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -23,6 +23,7 @@ _PUBLIC_NAMES = {
     "SASRecForRetrieval": "grzoo.models",
     "SASRecModel": "grzoo.models",
     "TableConfig": "grzoo.embeddings",
+    "demo_checkpoint": "grzoo.models",
     "initialize": "grzoo.embeddings.engine",
 }
 

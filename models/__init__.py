@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel
 
 from .auto import AutoModelForRanking, AutoModelForRetrieval
 from .base import GenRecPreTrainedModel
+from .demo import demo_checkpoint
 from .dlrm import DLRMConfig, DLRMForRanking, DLRMModel
 from .dlrm_hstu import DLRMHSTUConfig, DLRMHSTUForRanking, DLRMHSTUModel
 from .hstu import HSTUConfig, HSTUForRetrieval, HSTUModel
@@ -55,4 +56,5 @@ __all__ = [
     "SASRecForRetrieval",
     "SASRecModel",
     "ShardedCatalogue",
+    "demo_checkpoint",
 ]

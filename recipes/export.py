@@ -25,6 +25,7 @@ class ExportArguments:
     output_dir: str | None = option(None, "The folder to write.")
     dataset_dir: str | None = option(None, "Dataset folder for the processor; default: that of the training run.")
     row_dtype: Literal["float32", "bfloat16"] | None = option(None, "Of the rows in the files; default: as trained.")
+    license: str | None = option(None, "Licence for the model card, by the hub's name for it, as apache-2.0.")
     push_to_hub: str | None = option(None, "Also upload to this repository, user/name.")
 
 
@@ -42,7 +43,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         model = load_model(checkpoint)
         processor = GenRecProcessor.from_dataset(data.folder, max_length=model.config.max_sequence_length)
         processor.save_pretrained(folder)
-        (folder / "README.md").write_text(_card(model, data, checkpoint, state))
+        (folder / "README.md").write_text(_card(model, data, checkpoint, state, arguments.license))
         options: dict[str, Any] = {"row_dtype": arguments.row_dtype}
         if arguments.push_to_hub:
             options |= {"push_to_hub": True, "repo_id": arguments.push_to_hub}
@@ -50,7 +51,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     runtime.say(f"wrote {folder}")
 
 
-def _card(model: Any, data: LoadedData, checkpoint: Path, state: dict[str, Any]) -> str:
+def _card(model: Any, data: LoadedData, checkpoint: Path, state: dict[str, Any], license: str | None) -> str:
     """The model card: the last evaluation up to the checkpoint in the run's metrics.jsonl, if there is one."""
     metrics, baseline = evaluation_before(checkpoint.resolve().parent / "metrics.jsonl", state.get("step"))
     conditions = {
@@ -68,6 +69,7 @@ def _card(model: Any, data: LoadedData, checkpoint: Path, state: dict[str, Any])
         conditions=conditions,
         command=command,
         split=data.evaluation_split,
+        license=license,
     )
 
 

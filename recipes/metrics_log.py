@@ -86,7 +86,10 @@ def evaluation_before(path: Path, step: int | None) -> tuple[dict[str, float], d
 
 
 def _named(line: dict[str, Any], prefix: str) -> dict[str, float]:
-    return {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix) and isinstance(v, float)}
+    """The metrics under a prefix; what an evaluation says beside them (seconds, unknown ids) is left out."""
+    names = {key: key.removeprefix(prefix) for key, value in line.items() if isinstance(value, float)}
+    beside = ("seconds", "unknown_rate/")
+    return {name: line[k] for k, name in names.items() if k.startswith(prefix) and not name.startswith(beside)}
 
 
 def _json_value(value: Any) -> Any:

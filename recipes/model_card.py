@@ -52,6 +52,7 @@ def model_card(
     conditions: dict[str, str],
     command: str,
     split: str = "test",
+    license: str | None = None,
 ) -> str:
     """Markdown with YAML metadata: results, data, command and conditions of one run."""
     ranks = isinstance(model.config, RankingConfig)
@@ -68,6 +69,7 @@ def model_card(
     ]
     metadata = ModelCardData(
         library_name="grzoo",
+        license=license,
         tags=["generative-recommendation", model.config.model_type],
         model_name=name,
         eval_results=results,

@@ -12,8 +12,8 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 # Spawned ranks import their jobs by name: `from spawn import spawn`, tests/distributed/*_jobs.py and the parts of
-# tests/faults work everywhere.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "faults")]
+# tests/faults work everywhere, as do the tests beside this file.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "faults", ".")]
 
 
 @pytest.fixture(scope="session")

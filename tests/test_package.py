@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_readme import first_block
 
 import grzoo
 
@@ -65,6 +66,7 @@ def test_wheel_of_the_sdist_works_outside_the_repository(tmp_path):
     assert "grzoo/py.typed" in names
     assert "grzoo/ds_configs/zero1.json" in names
     assert "grzoo/recipes/configs/hstu_ml1m.yaml" in names
+    assert "grzoo/models/demo/export/config.json" in names
     assert not [name for name in names if name.startswith("tests/")]
     python = _clean_environment(tmp_path / "venv", wheel)
     where = subprocess.run(
@@ -76,6 +78,9 @@ def test_wheel_of_the_sdist_works_outside_the_repository(tmp_path):
     subprocess.run([*launcher, "--module", "grzoo.recipes.train", *train], cwd=tmp_path, check=True)
     load = "from grzoo import AutoModelForRetrieval; AutoModelForRetrieval.from_pretrained('out/export')"
     subprocess.run([python, "-c", load], cwd=tmp_path, check=True)
+    code, output = first_block()
+    shown = subprocess.run([python, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert shown.stdout == output
 
 
 def _clean_environment(folder: Path, wheel: Path) -> str:
