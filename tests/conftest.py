@@ -1,6 +1,7 @@
 """Settings that every test process needs before torch is imported, and the real data when it is there."""
 
 import os
+import re
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,8 +13,8 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 # Spawned ranks import their jobs by name: `from spawn import spawn`, tests/distributed/*_jobs.py and the parts of
-# tests/faults work everywhere, as do the tests beside this file.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "faults", ".")]
+# tests/faults work everywhere.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "faults")]
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,12 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("set GRZOO_DATA to a folder with ml-1m, ml-100k, ... to run tests on real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def readme_block() -> tuple[str, str]:
+    """The first block of Python in the README, and the output below it."""
+    readme = Path(__file__).parents[1] / "README.md"
+    match = re.search(r"```python\n(.*?)```\n```\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert match is not None
+    return match[1], match[2]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_readme import first_block
 
 import grzoo
 
@@ -57,7 +56,7 @@ def test_public_names_resolve():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_wheel_of_the_sdist_works_outside_the_repository(tmp_path):
+def test_wheel_of_the_sdist_works_outside_the_repository(tmp_path, readme_block):
     """Builds sdist -> wheel, installs it beside the packages of this environment, trains and reloads."""
     dist = tmp_path / "dist"
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(dist), str(ROOT)], check=True)
@@ -78,7 +77,7 @@ def test_wheel_of_the_sdist_works_outside_the_repository(tmp_path):
     subprocess.run([*launcher, "--module", "grzoo.recipes.train", *train], cwd=tmp_path, check=True)
     load = "from grzoo import AutoModelForRetrieval; AutoModelForRetrieval.from_pretrained('out/export')"
     subprocess.run([python, "-c", load], cwd=tmp_path, check=True)
-    code, output = first_block()
+    code, output = readme_block
     shown = subprocess.run([python, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert shown.stdout == output
 
