@@ -132,6 +132,45 @@ def test_equals_the_dense_equations(loss, form, attn_implementation, micro_sasre
         torch.testing.assert_close(model(**batch).query_embeddings[0], states.detach(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layer_norm", ["pre", "post"])
+@torch.no_grad()
+def test_pre_and_post_are_torchs_encoder_layers(layer_norm):
+    """`nn.TransformerEncoderLayer` with the same weights, norm_first for pre, causal."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "max_sequence_length": 7}
+    form = {"layer_norm": layer_norm, "hidden_act": "gelu", "scale_items": False, "unknown_items": "initial"}
+    model = SASRecForRetrieval(SASRecConfig(**sizes, **form, position_alignment="start")).eval()
+    for parameter in model.parameters():
+        parameter.normal_(std=0.5)
+    history = torch.arange(1, 7)
+    body = model.model
+    x = model.item_embeddings(history) + body.position_embedding.weight[: len(history)]
+    x = body.norm(x) if layer_norm == "post" else x
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(len(history))
+    for ours in body.layers:
+        theirs = torch.nn.TransformerEncoderLayer(
+            8, 2, 12, activation="gelu", layer_norm_eps=1e-8, norm_first=layer_norm == "pre", batch_first=True
+        ).eval()
+        for name, parts in {
+            "self_attn.in_proj": ("q_proj", "k_proj", "v_proj"),
+            "self_attn.out_proj": ("o_proj",),
+        }.items():
+            separator = "_" if len(parts) > 1 else "."
+            for kind in ("weight", "bias"):
+                joined = torch.cat([getattr(getattr(ours, part), kind) for part in parts])
+                theirs.get_parameter(f"{name}{separator}{kind}").copy_(joined)
+        for name, part in {
+            "linear1": "up_proj",
+            "linear2": "down_proj",
+            "norm1": "attention_norm",
+            "norm2": "feed_forward_norm",
+        }.items():
+            getattr(theirs, name).load_state_dict(getattr(ours, part).state_dict())
+        x = theirs(x.unsqueeze(0), src_mask=mask)[0]
+    want = body.norm(x) if layer_norm == "pre" else x
+    torch.testing.assert_close(model(history.unsqueeze(0)).query_embeddings[0], want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("form", [*FORMS, LOSSES[4], LOSSES[5]], ids=str)
 def test_padded_equals_packed(left, form, micro_sasrec, batches):

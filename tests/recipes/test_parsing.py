@@ -1,6 +1,7 @@
 """Law: the command line wins over the YAML, and nothing that is given is silently ignored."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from grzoo.recipes.arguments import (
@@ -94,6 +95,20 @@ def test_unknown_hyperparameter_names_near_ones():
 
 HSTU = ["hstu_synthetic", "hstu_ml1m", "hstu_ml100k", "hstu_beauty", "hstu_sports"]
 SASREC = ["sasrec_ml1m", "sasrec_ml100k", "sasrec_beauty", "sasrec_sports"]
+RANKING = ["mtgr_ml1m", "mtgr_ml100k", "dlrm_hstu_ml100k", "dlrm_ml100k"]  # trained a step in test_ranking.py
+
+
+def test_every_shipped_configuration_is_tested():
+    folder = Path(__file__).parents[2] / "recipes" / "configs"
+    assert {path.stem for path in folder.glob("*.yaml")} == {*HSTU, *SASREC, *RANKING}
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_shipped_ranking_configurations_choose_by_validation(name):
+    settings = read_settings(["--config", name, "--output_dir", "x"])
+    assert settings.model_options["model_type"] == name.rpartition("_")[0]
+    assert settings.data_options == {"ranking": True, "split": "temporal", "validation": "last"}
+    assert settings.training.load_best_model_at_end and settings.training.early_stopping_patience == 2
 
 
 @pytest.mark.parametrize("name", HSTU + SASREC)

@@ -73,3 +73,16 @@ def test_the_best_model_is_chosen_on_the_validation_part(folder, monkeypatch):
     found = {line["step"]: line["eval/auc"] for line in lines if "eval/auc" in line}
     assert lines[-1]["best/auc"] == max(found.values()) == found[lines[-1]["best/step"]]
     assert "| chosen by | validation auc" in (folder / "best/report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["mtgr_ml1m", "mtgr_ml100k", "dlrm_hstu_ml100k", "dlrm_ml100k"])
+def test_shipped_configurations_train(name, folder, monkeypatch):
+    """At their own sizes, on a few ratings: each takes steps, is evaluated and exported."""
+    monkeypatch.chdir(folder)
+    small = (
+        "--dataset ml-100k --source raw --dataset_dir validated --global_batch_size 8 --max_steps 2 --use_cpu".split()
+    )
+    run_here(train, "--config", name, *small, "--backend", "naive", "--output_dir", name)
+    last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["test/auc"] < 1 and 0 < last["test/love/ne"] and last["best/step"] == 2
+    assert AutoModelForRanking.from_pretrained(f"{name}/export").config.model_type == name.rpartition("_")[0]
