@@ -78,7 +78,7 @@ class BestModel:
         self.checkpoint = next((path for path in wanted if is_sealed(path)), None)
         if self.checkpoint is None:
             warnings.warn(
-                f"checkpoint-{self.step}, the best model so far, is missing: unless a better one comes, there is "
+                f"checkpoint-{self.step}, the best model so far, is missing or damaged: unless a better one comes, there is "
                 "nothing to load at the end",
                 stacklevel=2,
             )

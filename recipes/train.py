@@ -95,6 +95,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     loop.load_best()
     if best is not None and best.keeps:
         conditions["chosen by"] = f"validation {best}"
+        runtime.say(f"best     {best}: this model is tested and exported")
     _finish(settings, data, engine, loop, evaluators, conditions, argv, runtime)
     log.close()
 

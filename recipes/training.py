@@ -125,7 +125,9 @@ class TrainingLoop:
         if self.best is None or not self.best.keeps or self.best.step == self.step:
             return
         if self.best.checkpoint is None:
-            why = "no evaluation had a finite value" if self.best.step is None else "its checkpoint is missing"
+            why = (
+                "no evaluation had a finite value" if self.best.step is None else "its checkpoint is missing or damaged"
+            )
             raise UserError(f"there is no best {self.best.metric} to load: {why}; {self._export_the_last()}")
         try:
             with user_errors():

@@ -93,7 +93,7 @@ def test_the_state_of_a_checkpoint_continues_the_following(tmp_path):
     (tmp_path / "out").rename(tmp_path / "moved")
     resumed.load_state_dict(later, tmp_path / "moved" / "checkpoint-2")
     assert resumed.checkpoint == tmp_path / "moved" / "checkpoint-1"
-    with pytest.warns(UserWarning, match="checkpoint-1, the best model so far, is missing"):
+    with pytest.warns(UserWarning, match="checkpoint-1, the best model so far, is missing or damaged"):
         resumed.load_state_dict(later, tmp_path / "elsewhere" / "checkpoint-2")
     assert resumed.checkpoint is None and resumed.step == 1
 
