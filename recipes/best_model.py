@@ -78,8 +78,8 @@ class BestModel:
         self.checkpoint = next((path for path in wanted if is_sealed(path)), None)
         if self.checkpoint is None:
             warnings.warn(
-                f"checkpoint-{self.step}, the best model so far, is missing or damaged: unless a better one comes, there is "
-                "nothing to load at the end",
+                f"checkpoint-{self.step}, the best model so far, is missing or damaged: unless a better one comes, "
+                "there is nothing to load at the end",
                 stacklevel=2,
             )
 
