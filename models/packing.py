@@ -151,6 +151,20 @@ def next_timestamps(layout: JaggedLayout, timestamps: Tensor, request_timestamps
     return following.index_copy(0, last, at_end)
 
 
+def check_times(layout: JaggedLayout, timestamps: Tensor) -> None:
+    """Raise ValueError for int64 [T] timestamps that are negative, or fall within a sequence."""
+    if bool((timestamps < 0).any()):
+        raise ValueError(f"timestamp {int(timestamps.min())} is negative; timestamps are seconds since 1970.")
+    falls = timestamps.diff() < 0
+    starts = layout.cu_seq_lens[1:-1]
+    inner = starts[(starts > 0) & (starts < layout.num_tokens)]
+    falls[inner - 1] = False  # from one history to the next
+    if bool(falls.any()):
+        raise ValueError(
+            f"timestamps fall after event {int(falls.nonzero()[0])} of the batch: sort each history by time."
+        )
+
+
 def dropout_keys(batch: Mapping[str, Any]) -> Tensor:
     """int64 [T]: the keys that a packed batch brings for dropout, else new ones from torch's default generator."""
     if batch.get("token_keys") is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .metrics_log import read_metrics
 
-PHASES = ("data", "prepare", "fetch", "forward", "backward", "reduce", "step")
+PHASES = ("data", "prepare", "fetch", "forward", "backward", "reduce", "dense_step", "sparse_step")
 _TABLE = ("ndcg@10", "hr@10", "hr@50", "hr@200", "mrr", "auc", "gauc", "logloss", "ne")
 
 

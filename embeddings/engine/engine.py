@@ -41,7 +41,7 @@ class StepOutput:
         grad_norm: norm of the dense gradient before clipping; infinite when the step was not applied.
         sparse_grad_norm: norm of the gradient of all touched rows before clipping.
         learning_rate: dense learning rate that the step used.
-        seconds: time per phase: prepare, fetch, forward, backward, reduce, step.
+        seconds: time per phase: prepare, fetch, forward, backward, reduce, dense_step, sparse_step.
         statistics: of this rank's lookup: ids, unique_sent, unique_owned, inserted, bytes_sent.
     """
 
@@ -153,7 +153,7 @@ class GenRecEngine:
             self.deepspeed.step()
             return
         sparse_is_finite = self.sparse_optimizer.reduce()
-        self._apply(sparse_is_finite)
+        self._apply(sparse_is_finite, PhaseClock(self.device))
 
     def destroy(self) -> None:
         """Removes DeepSpeed's hooks from the model; model and tables stay usable."""
@@ -190,8 +190,7 @@ class GenRecEngine:
             sparse_is_finite = self.sparse_optimizer.reduce()
         sparse_norm = float(self.sparse_optimizer.grad_norm)
         learning_rate = self.get_lr()[0]
-        with clock.phase("step"):
-            self._apply(sparse_is_finite)
+        self._apply(sparse_is_finite, clock)
         return StepOutput(
             loss=self.exchange.sum_float(float(loss_sum)),
             applied=self.was_step_applied(),
@@ -247,20 +246,22 @@ class GenRecEngine:
             for name, value in micro_batch.items()
         }
 
-    def _apply(self, sparse_is_finite: bool) -> None:
+    def _apply(self, sparse_is_finite: bool, clock: PhaseClock) -> None:
         """The dense step, then the sparse one if DeepSpeed applied its own."""
-        if not sparse_is_finite:
-            poison_dense_gradients(self.deepspeed)
-        self.deepspeed.step()
+        with clock.phase("dense_step"):
+            if not sparse_is_finite:
+                poison_dense_gradients(self.deepspeed)
+            self.deepspeed.step()
         if not self.was_step_applied():
             self.sparse_optimizer.zero_grad()
             logger.warning("step %d was not applied: a gradient was not finite", self.global_steps)
             return
         if not sparse_is_finite:
             raise RuntimeError("DeepSpeed applied a step whose gradient was made NaN: please report its version")
-        self.sparse_optimizer.step()
-        if self.sparse_lr_scheduler is not None:
-            self.sparse_lr_scheduler.step()
+        with clock.phase("sparse_step"):
+            self.sparse_optimizer.step()
+            if self.sparse_lr_scheduler is not None:
+                self.sparse_lr_scheduler.step()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

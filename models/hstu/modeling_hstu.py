@@ -14,6 +14,7 @@ from grzoo.models.ops.norm_gate_dropout import norm_gate_dropout
 from grzoo.models.outputs import GenRecModelOutput
 from grzoo.models.packing import (
     JaggedLayout,
+    check_times,
     dropout_keys,
     is_padded,
     next_timestamps,
@@ -155,8 +156,8 @@ class HSTUModel(HSTUPreTrainedModel):
             kwargs: `output_hidden_states`, `return_dict`; other fields of a micro-batch are not looked at.
 
         Raises:
-            ValueError: for a sequence longer than `max_position_embeddings`, for missing timestamps, for shapes that
-            disagree.
+            ValueError: for a sequence longer than `max_position_embeddings`, for timestamps that are missing,
+            negative or unsorted, for shapes that disagree.
         """
         names = (
             "input_ids",
@@ -205,6 +206,7 @@ class HSTUModel(HSTUPreTrainedModel):
                     "or train a model with use_time_bias=False on logs without times."
                 )
             layout.timestamps = batch["timestamps"].flatten()
+            check_times(layout, layout.timestamps)
             target = batch.get("target_timestamps")
             layout.target_timestamps = (
                 next_timestamps(layout, layout.timestamps, None) if target is None else target.flatten()

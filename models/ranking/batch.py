@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from grzoo.models.packing import JaggedLayout, packed_positions
+from grzoo.models.packing import JaggedLayout, check_times, packed_positions
 from torch import Tensor
 
 from .configuration_ranking import RankingConfig
@@ -113,16 +113,11 @@ class RankingBatch:
                 f"cross feature {names[feature]!r} of candidate {at} is {float(self.cross_features[at, feature])}: "
                 "dense features must be finite; fill what is unknown with a fixed value before."
             )
-        times = torch.cat([self.timestamps, self.candidate_timestamps])
-        if bool((times < 0).any()):
-            raise ValueError(f"timestamp {int(times.min())} is negative; timestamps are seconds since 1970.")
-        falls = self.timestamps.diff() < 0
-        starts = self.layout.cu_seq_lens[1:-1]
-        inner = starts[(starts > 0) & (starts < self.layout.num_tokens)]
-        falls[inner - 1] = False  # from one history to the next
-        if bool(falls.any()):
+        check_times(self.layout, self.timestamps)
+        if bool((self.candidate_timestamps < 0).any()):
             raise ValueError(
-                f"timestamps fall after event {int(falls.nonzero()[0])} of the batch: sort each history by time."
+                f"candidate timestamp {int(self.candidate_timestamps.min())} is negative; timestamps are seconds since "
+                "1970."
             )
 
     def keep_last(self, max_length: int) -> "RankingBatch":

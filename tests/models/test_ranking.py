@@ -2,13 +2,26 @@
 
 import pytest
 import torch
-from grzoo.models import MTGRConfig, MTGRForRanking
+from grzoo.models import (
+    DLRMConfig,
+    DLRMForRanking,
+    DLRMHSTUConfig,
+    DLRMHSTUForRanking,
+    MTGRConfig,
+    MTGRForRanking,
+)
 from grzoo.models.ranking import multi_task_loss
 
+MODELS = {
+    "mtgr": (MTGRForRanking, MTGRConfig),
+    "dlrm_hstu": (DLRMHSTUForRanking, DLRMHSTUConfig),
+    "dlrm": (DLRMForRanking, DLRMConfig),
+}
 
-@pytest.fixture
-def model(ranking_model):
-    return ranking_model(MTGRForRanking, MTGRConfig)
+
+@pytest.fixture(params=MODELS)
+def model(request, ranking_model):
+    return ranking_model(*MODELS[request.param])
 
 
 @pytest.fixture
@@ -61,7 +74,7 @@ def test_values_that_are_refused(model, batch):
         ("cross_features", (0, 3, 1), float("nan"), "'mean' of candidate 3 is nan"),
         ("cross_features", (0, 1, 0), float("inf"), "'count' of candidate 1 is inf"),
         ("timestamps", (0, 0), -5, "timestamp -5 is negative"),
-        ("candidate_timestamps", (0, 0), -1, "timestamp -1 is negative"),
+        ("candidate_timestamps", (0, 0), -1, "candidate timestamp -1 is negative"),
         ("timestamps", (0, 6), 10**6, "timestamps fall after event 6"),
     ]:
         wrong = {**batch, name: batch[name].clone()}
@@ -70,6 +83,13 @@ def test_values_that_are_refused(model, batch):
             model(**wrong)
     falls = {**batch, "timestamps": torch.tensor([[6, 7, 8, 9, 10, 1, 2, 3]])}  # only from one user to the next
     model(**falls)
+
+
+def test_unknown_ids_are_scored_and_not_inserted(model, batch):
+    strangers = {**batch, "input_ids": batch["input_ids"] + 10**15, "candidate_ids": batch["candidate_ids"] + 10**15}
+    before = model.embeddings.num_rows()
+    scores = model.score(**strangers)
+    assert torch.isfinite(scores).all() and model.embeddings.num_rows() == before
 
 
 def test_long_history_is_refused_by_forward_and_cut_by_score(model, ranking):

@@ -104,7 +104,7 @@ def test_training_says_what_it_chose_and_leaves_everything(trained):
     assert not [path for path in out.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
     written = {key for line in lines(out) for key in line}
     assert {"step", "epoch", "train/loss", "train/tokens_per_second", "eval/ndcg@10", "popularity/hr@5"} <= written
-    phases = ("data", "prepare", "fetch", "forward", "backward", "reduce", "step")
+    phases = ("data", "prepare", "fetch", "forward", "backward", "reduce", "dense_step", "sparse_step")
     assert {f"train/seconds_{phase}" for phase in phases} <= written
 
 

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "tiles.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -24,6 +26,7 @@ namespace grzoo {
 namespace baseline {
 #include "simd.h"
 #include "product.h"
+#include "pack.h"
 #include GRZOO_KERNEL
 }  // namespace baseline
 
@@ -38,6 +41,7 @@ namespace baseline {
 namespace avx2 {
 #include "simd.h"
 #include "product.h"
+#include "pack.h"
 #include GRZOO_KERNEL
 }  // namespace avx2
 #if defined(__clang__)

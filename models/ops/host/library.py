@@ -18,7 +18,14 @@ logger = logging.getLogger(__name__)
 OPS = Path(__file__).parent.parent
 SOURCES = tuple(
     OPS / op / "host.cpp"
-    for op in ("full_softmax", "hstu_attention", "keyed_dropout", "norm_gate_dropout", "sampled_softmax")
+    for op in (
+        "full_softmax",
+        "hstu_attention",
+        "keyed_dropout",
+        "norm_gate_dropout",
+        "sampled_softmax",
+        "silu_attention",
+    )
 )
 # No -march: a source is compiled for several instruction sets inside (dispatch.h) and picks one at run time.
 FLAGS = (

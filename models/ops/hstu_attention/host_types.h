@@ -2,20 +2,12 @@
 #pragma once
 #include <stdint.h>
 
+#include "../host/tiles.h"
+
 namespace grzoo {
 
-constexpr int64_t kTile = 48;        // queries and keys of a tile
 constexpr int kMaxBuckets = 160;     // 146 are reachable with 64-bit times
 constexpr int kCells = 128;          // of the bucket table: exponent and two bits of the mantissa
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// [T, heads, width] with its strides in elements; the last dimension is dense.
-struct View {
-    const float* data;
-    int64_t token, head;
-    const float* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
-};
 
 // Buckets of time differences by integer thresholds: bucket(x) = number of thresholds <= x.
 struct TimeBuckets {

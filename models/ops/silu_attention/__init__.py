@@ -1,19 +1,17 @@
 """Silu attention over packed samples under a visibility mask: what the ranking models attend with."""
 
-import logging
 from collections.abc import Callable
 
 import torch
+from grzoo.models.ops.host import available
 from grzoo.models.ops.triton_available import has_triton
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
 from .eager import silu_attention_eager
+from .host import silu_attention_host
 from .naive import silu_attention_naive
 from .visibility import ALWAYS, NEVER, STATIC, Visibility
-
-logger = logging.getLogger(__name__)
-_said: set[str] = set()
 
 
 def silu_attention_auto(
@@ -28,15 +26,15 @@ def silu_attention_auto(
 ) -> Tensor:
     """`silu_attention_naive` (formula and shapes there) by the fastest path for these tensors.
 
-    On a GPU: the Triton kernels, where Triton is installed; elsewhere, and for float64, the eager one (said once).
+    On a CPU: the C++ path, unless there is no compiler (said once); on a GPU: the Triton kernels, where Triton is
+    installed. The eager one elsewhere, and for float64.
     """
-    if query.device.type == "cuda" and query.dtype != torch.float64 and has_triton():
-        function = silu_attention_triton
-    else:
-        function = silu_attention_eager
-        if "eager" not in _said:
-            _said.add("eager")
-            logger.info("silu attention runs as grouped tensor operations (eager): this mask has no C++ kernel")
+    function = silu_attention_eager
+    if query.dtype != torch.float64:
+        if query.device.type == "cpu" and available():
+            function = silu_attention_host
+        elif query.device.type == "cuda" and has_triton():
+            function = silu_attention_triton
     return function(query, key, value, layout, visibility, divisors=divisors, scale=scale)
 
 
@@ -59,6 +57,7 @@ def silu_attention_triton(
 SILU_ATTENTION_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "auto": silu_attention_auto,
     "eager": silu_attention_eager,
+    "host": silu_attention_host,
     "naive": silu_attention_naive,
     "triton": silu_attention_triton,
 }
@@ -71,6 +70,7 @@ __all__ = [
     "Visibility",
     "silu_attention_auto",
     "silu_attention_eager",
+    "silu_attention_host",
     "silu_attention_naive",
     "silu_attention_triton",
 ]

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +35,31 @@ def compiled(path: Path, *arguments: str) -> list[dict[str, str]]:
     return list(csv.DictReader((path / "kernels.csv").open()))
 
 
+def all_kernels() -> set[str]:
+    """Names of the kernels in models/ops, read from the sources."""
+    ops = Path(__file__).parents[3] / "models" / "ops"
+    sources = [path.read_text() for path in ops.glob("*/triton_kernels.py")]
+    return {name for source in sources for name in re.findall(r"@triton\.jit.*\ndef (\w+)_kernel\(", source)}
+
+
+def test_every_kernel_of_the_ops_is_known() -> None:
+    kernels = {"forward", "query_gradient", "key_value_gradient", "bias_gradient"}
+    assert all_kernels() == kernels | {"norm_gate_forward", "norm_gate_backward", "token_loss", "row_gradient"}
+
+
 @pytest.mark.timeout(900)
 def test_kernels_compile_for_nvidia_and_amd_without_a_gpu(tmp_path: Path) -> None:
     found = compiled(tmp_path, "--widths", "64", "--targets", *TARGETS)
-    kernels = {"forward", "query_gradient", "key_value_gradient", "bias_gradient"}
-    kernels |= {"norm_gate_forward", "norm_gate_backward", "token_loss", "row_gradient"}
-    assert {(r["kernel"], r["target"]) for r in found} == {(k, t) for k in kernels for t in TARGETS}
+    assert {(r["kernel"], r["target"]) for r in found} == {(k, t) for k in all_kernels() for t in TARGETS}
     assert [r for r in found if int(r["spills"]) > 0] == []
     assert {r["load_bytes"] for r in found if r["target"] == "sm_90" and r["kernel"] != "bias_gradient"} == {"16"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kernels_of_float32_compile_everywhere(tmp_path: Path) -> None:
+    found = compiled(tmp_path, "--dtypes", "fp32", "--widths", "64", "--targets", *TARGETS)
+    assert {(r["kernel"], r["target"]) for r in found} == {(k, t) for k in all_kernels() for t in TARGETS}
 
 
 @pytest.mark.slow
