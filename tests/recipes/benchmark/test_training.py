@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from grzoo.embeddings import SparseSGD
 from grzoo.models import HSTUConfig, HSTUForRetrieval
 from grzoo.models.packing import JaggedLayout, next_timestamps
 from grzoo.recipes.benchmark.padded_hstu import PaddedHSTU
@@ -23,6 +24,7 @@ def test_padded_step_equals_the_model(use_time_bias):
         use_time_bias=use_time_bias, num_negatives=NUM_NEGATIVES, max_sequence_length=10, max_position_embeddings=12,
     )  # fmt: skip
     model, padded = HSTUForRetrieval(config).train(), PaddedHSTU(config, NUM_ITEMS).train()
+    _optimizer = SparseSGD(model.embeddings, lr=0.1)  # a table in training mode needs one
     _copy(model, padded)
     total = sum(LENGTHS)
     items, labels = torch.randint(1, NUM_ITEMS + 1, (2, total))
