@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from grzoo.models.ops.hstu_attention import hstu_attention_triton
 from grzoo.models.ops.silu_attention import Visibility, silu_attention_triton
-from grzoo.models.packing import JaggedLayout, packed_positions
+from grzoo.models.packing import packed_positions
 from torch.nn import functional as F
 
 from .attention_workloads import Step, Workload, leaves_of, padded_step, zipf_lengths
@@ -64,11 +64,12 @@ def _steps(lengths: list[int]) -> dict[str, Step]:
 
 def _packed(workload: Workload) -> Step:
     leaves = leaves_of(workload.query, workload.key, workload.value, workload.position_table, workload.time_table)
+    query, key, value, position, time = leaves
     layout = workload.layout()
 
     def step() -> Any:
         out = hstu_attention_triton(
-            *leaves[:3], layout, max_length=workload.max_length, position_table=leaves[3], time_table=leaves[4]
+            query, key, value, layout, max_length=workload.max_length, position_table=position, time_table=time
         )
         return torch.autograd.grad(out, leaves, workload.grad)
 
@@ -77,12 +78,13 @@ def _packed(workload: Workload) -> Step:
 
 def _masked(workload: Workload) -> Step:
     leaves, layout = leaves_of(workload.query, workload.key, workload.value), workload.layout()
+    query, key, value = leaves
     places = packed_positions(layout)
+    visibility = Visibility(places, places)
     divisors = torch.full_like(places, workload.max_length, dtype=torch.float32)
 
     def step() -> Any:
-        fresh = JaggedLayout(layout.cu_seq_lens, layout.lengths, cache=layout.cache)
-        out = silu_attention_triton(*leaves, fresh, Visibility(places, places), divisors=divisors)
+        out = silu_attention_triton(query, key, value, layout, visibility, divisors=divisors)
         return torch.autograd.grad(out, leaves, workload.grad)
 
     return step
@@ -92,9 +94,10 @@ def _sdpa(workload: Workload) -> Step:
     sources = (workload.query, workload.key, workload.value, workload.grad)
     query, key, value, grad = (workload.pad(x).transpose(1, 2).contiguous() for x in sources)
     leaves = leaves_of(query, key, value)
+    query, key, value = leaves
 
     def step() -> Any:
-        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, grad)
+        return torch.autograd.grad(F.scaled_dot_product_attention(query, key, value, is_causal=True), leaves, grad)
 
     return step
 

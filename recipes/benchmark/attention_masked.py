@@ -46,7 +46,8 @@ class MaskedWorkload:
         shape = (self.tokens, self.heads, self.head_dim)
         self.query, self.key, self.value, self.grad = (torch.randn(shape, generator=generator) for _ in range(4))
         times = [self._times(h, c, generator) for h, c in zip(self.histories, self.candidates, strict=True)]
-        self.visibility = Visibility(*(torch.cat(x) for x in zip(*times, strict=True)))
+        query_times, key_times = (torch.cat(x) for x in zip(*times, strict=True))
+        self.visibility = Visibility(query_times, key_times)
         self.divisors = torch.repeat_interleave(torch.tensor(self.lengths), torch.tensor(self.lengths)).float()
 
     def _times(self, history: int, candidates: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

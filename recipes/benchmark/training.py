@@ -114,7 +114,7 @@ def measure(name: str, rounds: int, runtime: Runtime) -> dict[str, Any]:
         inputs = [padded.inputs(micro_batch) for micro_batch in step.micro_batches]
         assert len(inputs) == 1, "the baseline has one micro-batch per step"
         denominator = step.num_items_in_batch
-        padded_took, _ = _timed(lambda i=inputs[0], d=denominator: padded.step(i, d))  # type: ignore[misc]
+        padded_took, _ = _timed(lambda i=inputs[0], d=denominator: padded.step(i, d))
         seconds["grzoo"].append(took)
         seconds["padded"].append(padded_took)
         phases.append(by_phase)
