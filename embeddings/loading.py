@@ -1,10 +1,10 @@
-"""Reading tables from shards: each rank reads the buckets that it owns, a chunk ahead of their insertion."""
+"""Reading tables from shards: each rank reads the buckets that it owns, some blocks ahead of their insertion."""
 
 import contextlib
 import logging
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .config import TableConfig
+from .files import Fingerprint
 from .hashing import HASH_VERSION, NUM_BUCKETS, bucket, bucket_range
 from .index import describe_optimizer, read_index, shard_files
 from .kernels import Slot
-from .policy_files import NO_POLICIES, SIDE_COLUMNS, restore_policy_state, used_now, wanted_sides
-from .shards import IDS, OFFSETS, Column, column_bytes, column_shape
+from .policy_files import NO_POLICIES, SIDE_COLUMNS, restore_policy_state, wanted_sides
+from .shards import IDS, OFFSETS, Column, column_shape
 from .shared_rows import SHARED_FILE, load_shared
 from .table import PhysicalTable
 from .tensor_file import TensorFile
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STORED_ROWS = (torch.float32, torch.bfloat16)
-CHUNK_BYTES = 32 << 20  # read at a time; two chunks are in memory
 
 
 def load_tables(
@@ -80,8 +80,12 @@ def load_tables(
             span = max(first, shard["buckets"][0]), min(end, shard["buckets"][1])
             if span[0] < span[1]:
                 with TensorFile(Path(folder) / name) as file:
-                    _load_shard(collection, fresh, file, shard, span, names, with_state, clock)
-                    _load_sides(sides, file, shard["buckets"], span)
+                    targets = [
+                        _table_target(file, theirs, fresh[position], logical, with_state, clock)
+                        for theirs, (position, logical) in ((names[ours], collection.placement[ours]) for ours in names)
+                    ]
+                    targets += [_Target(side, *place, dict(SIDE_COLUMNS)) for side, place in sides.items()]
+                    _load_shard(targets, file, shard, span, None)
         if metadata.get("shared_rows"):
             load_shared(collection, fresh, Path(folder) / SHARED_FILE, names, state=with_state)
     except MemoryError as error:
@@ -199,54 +203,70 @@ def _reserve(
         table.reserve(count)
 
 
+@dataclass
+class _Target:
+    """The rows of a table in a shard, and where they go."""
+
+    name: str  # in the file
+    table: PhysicalTable
+    logical: int
+    columns: dict[str, Column]  # in the file, beside the ids
+    rows: tuple[int, int] = (0, 0)  # those in this rank's buckets
+    clock: int = 0  # when rows count as used last where the file does not say
+    handles: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
+
+    def insert(self, ids: Tensor, at: int) -> None:
+        """Make rows for ids, which are `at` and following in the shard; what the file does not have starts anew."""
+        handles = self.table.insert_blank(self.logical, ids)
+        self.handles[at - self.rows[0] :][: len(ids)] = handles
+        for column in self.table.columns(state=True):
+            if column not in self.columns:
+                self.table.fill_column(column, handles, float(self.clock) if column == LAST_USE else None)
+
+    def write(self, column: str, values: Tensor, at: int) -> None:
+        """Fill a column of the rows `at` and following of the shard."""
+        start = at - self.rows[0]
+        self.table.write_column(column, self.handles[start : start + len(values)], values)
+
+
 def _load_shard(
-    collection: "DynamicEmbeddingCollection",
-    fresh: list[PhysicalTable],
+    targets: Sequence[_Target],
     file: TensorFile,
     shard: Mapping[str, Any],
     span: tuple[int, int],
-    names: Mapping[str, str],
-    with_state: bool,
-    clock: int,
+    expected: Fingerprint | None,
 ) -> None:
-    """Read the rows of buckets [span) of one shard into fresh tables."""
-    for ours, name in names.items():
-        position, logical = collection.placement[ours]
-        table = fresh[position]
-        columns = table.columns(state=with_state)
-        has_use = with_state and f"{name}.{LAST_USE}" in file.tensors
-        if not has_use:  # saved before the table had policies, or without state
-            columns = {column: kind for column, kind in columns.items() if column not in SIDE_COLUMNS}
-        columns = {IDS: (torch.int64, 0), **columns}
-        check_columns(f"table {name!r} in {file.path}", file, name, columns, shard["rows"][name])
-        for ids, values in _read_rows(file, name, columns, shard["buckets"], span):
-            tables = torch.full(ids.shape, logical, dtype=torch.int32, device="cpu")
-            use = {} if has_use else used_now(ids, clock)
-            table.write(tables, ids, values.pop("rows").to(columns["rows"][0]), values | use)
+    """Read the rows of buckets [span) of one shard, from its first byte to its last; all of it when it is `expected`."""
+    wanted: dict[str, tuple[_Target, str]] = {}
+    order: dict[str, OrderCheck] = {}
+    ranges: dict[str, tuple[int, int]] = {}
+    for target in targets:
+        where = f"table {target.name!r} in {file.path}"
+        rows = shard["rows"].get(target.name, file[f"{target.name}.{IDS}"].shape[0])
+        columns = {IDS: (torch.int64, 0), **target.columns}
+        check_columns(where, file, target.name, columns, rows)
+        target.rows = start, stop = _row_range(file, target.name, shard["buckets"], span)
+        target.handles = torch.empty(stop - start, dtype=torch.int64, device="cpu")
+        order[target.name] = OrderCheck(where, span)
+        wanted |= {f"{target.name}.{column}": (target, column) for column in columns}
+        ranges |= {f"{target.name}.{column}": (start, stop) for column in columns}
+    with contextlib.closing(file.stream(ranges, expected)) as pieces:
+        for name, at, values in pieces:
+            target, column = wanted[name]
+            if column == IDS:
+                order[target.name].check(values)
+                target.insert(values, at)
+            else:
+                target.write(column, values, at)
 
 
-def _load_sides(
-    sides: Mapping[str, tuple[PhysicalTable, int]], file: TensorFile, buckets: tuple[int, int], span: tuple[int, int]
-) -> None:
-    """Read what policies remember of ids in buckets [span)."""
-    columns = {IDS: (torch.int64, 0), **SIDE_COLUMNS}
-    for name, (table, logical) in sides.items():
-        check_columns(f"table {name!r} in {file.path}", file, name, columns, file[f"{name}.{IDS}"].shape[0])
-        for ids, values in _read_rows(file, name, columns, buckets, span):
-            table.write(torch.full(ids.shape, logical, dtype=torch.int32, device="cpu"), ids, None, values)
-
-
-def _read_rows(
-    file: TensorFile, name: str, columns: Mapping[str, Column], buckets: tuple[int, int], span: tuple[int, int]
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield ids and columns of the rows in buckets [span) of a shard of `buckets`, chunk by chunk, checked."""
-    start, stop = _row_range(file, name, buckets, span)
-    order = OrderCheck(f"table {name!r} in {file.path}", span)
-    with contextlib.closing(_read_chunks(file, name, columns, start, stop)) as chunks:
-        for values in chunks:
-            ids = values.pop(IDS)
-            order.check(ids)
-            yield ids, values
+def _table_target(
+    file: TensorFile, name: str, table: PhysicalTable, logical: int, with_state: bool, clock: int
+) -> _Target:
+    columns = table.columns(state=with_state)
+    if not with_state or f"{name}.{LAST_USE}" not in file.tensors:  # without state, or before the table had policies
+        columns = {column: kind for column, kind in columns.items() if column not in SIDE_COLUMNS}
+    return _Target(name, table, logical, columns, clock=clock)
 
 
 def check_columns(where: str, file: TensorFile, name: str, columns: Mapping[str, Column], rows: int) -> None:
@@ -277,33 +297,6 @@ def read_offsets(file: TensorFile, name: str, buckets: Sequence[int]) -> Tensor:
     if not is_shaped or int(offsets[0]) != 0 or int(offsets[-1]) != rows or (torch.diff(offsets) < 0).any():
         raise ValueError(f"{name}.{OFFSETS} in {file.path} is damaged: it should lead from 0 to {rows} rows")
     return offsets
-
-
-def _read_chunks(
-    file: TensorFile, name: str, columns: Mapping[str, Column], start: int, stop: int
-) -> Generator[dict[str, Tensor]]:
-    """Yield rows [start, stop) in chunks, column -> values; the next chunk is read by a thread meanwhile.
-
-    The values of a chunk last until the next one is asked for: two sets of buffers take turns.
-    """
-    rows = max(1, min(CHUNK_BYTES // sum(map(column_bytes, columns.values())), stop - start))
-    stored = {column: file[f"{name}.{column}"] for column in columns}
-    buffers = [
-        {c: torch.empty(rows, *s.shape[1:], dtype=s.dtype, device="cpu") for c, s in stored.items()} for _ in range(2)
-    ]
-
-    def read(at: int) -> dict[str, Tensor]:
-        end = min(at + rows, stop)
-        target = buffers[(at - start) // rows % 2]
-        return {column: file.read(f"{name}.{column}", at, end, target[column][: end - at]) for column in columns}
-
-    with ThreadPoolExecutor(1) as thread:
-        pending = [thread.submit(read, start)] if start < stop else []
-        for at in range(start, stop, rows):
-            values = pending.pop(0).result()
-            if at + rows < stop:
-                pending.append(thread.submit(read, at + rows))
-            yield values
 
 
 class OrderCheck:

@@ -150,9 +150,10 @@ class MappedStorage(TableStorage):
                 out[mine] = segment.gather(handles[mine] - segment.start)
         return out
 
-    def gather_slot(self, name: str, handles: Tensor) -> Tensor:
+    def gather_slot(self, name: str, handles: Tensor, out: Tensor | None = None) -> Tensor:
         dtype = torch.int32 if name == STEP_SLOT else torch.float32
-        return torch.zeros(len(handles), 1, dtype=dtype, device="cpu")  # as in rows without state
+        values = torch.zeros(len(handles), 1, dtype=dtype, device="cpu")  # as in rows without state
+        return values if out is None else out.copy_(values)
 
     def sorted_keys(self, table: int) -> tuple[Tensor, Tensor]:
         mine = [segment for segment in self._open if segment.logical == table]

@@ -72,8 +72,3 @@ def restore_policy_state(
     for name, lost in state["dropped"].items() if collection.exchange.rank == 0 else ():
         position, logical = collection.placement[name]
         fresh[position].side_table("evicted").dropped[logical] = int(lost)
-
-
-def used_now(ids: Tensor, clock: int) -> dict[str, Tensor]:
-    """Return the use of rows whose files say nothing of it: as if step `clock` had used them."""
-    return {LAST_USE: torch.full(ids.shape, clock, dtype=torch.int32, device="cpu")}

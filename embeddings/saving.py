@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .config import ROW_DTYPES
-from .files import Fingerprint, flush, write_text
+from .files import BLOCK, Fingerprint, flush, write_text
 from .hashing import HASH_VERSION, NUM_BUCKETS
 from .index import FORMAT_VERSION, INDEX_NAME, describe_optimizer, remove_index, shard_files
 from .policy_files import SIDE_COLUMNS, filled_sides, policy_state, side_name
-from .shards import Column, Shard, ShardedRows, ShardPlan, plan_shards, stream_pieces
+from .shards import Column, Shard, ShardedRows, ShardPlan, plan_shards, write_pieces
 from .shared_rows import SHARED_FILE, shared_tensors
 from .table import PhysicalTable
 from .tensor_file import TensorFileWriter, save_tensors
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .exchange import Exchange
 
 T = TypeVar("T")
-
-PIECE_BYTES = 16 << 20  # in flight: one that is gathered, three that wait for the disk
 
 
 def save_tables(
@@ -41,7 +39,7 @@ def save_tables(
 
     An index that is there goes first; each file, and the new index last, appears under its name when it is complete.
     Shards of an earlier save in the folder go. Beside the tables this takes 16 bytes per row for the order of the rows,
-    and a few pieces of 16 MiB.
+    and a few blocks of 4 MiB.
 
     Args:
         collection: the tables.
@@ -141,8 +139,8 @@ def _side_rows(collection: "DynamicEmbeddingCollection", name: str, side: str) -
 def _sharded(name: str, table: PhysicalTable, logical: int, columns: Mapping[str, Column]) -> ShardedRows:
     ids, handles = table.sorted_keys(logical)
 
-    def read(column: str, start: int, stop: int) -> Tensor:
-        return table.read_column(column, handles[start:stop]).to(columns[column][0])
+    def read(column: str, start: int, stop: int, out: Tensor) -> None:
+        table.read_column(column, handles[start:stop], out)
 
     return ShardedRows(name, ids, columns, read)
 
@@ -159,7 +157,7 @@ def _turns(shards: list[Shard], world_size: int) -> list[list[Shard | None]]:
 def _plan(shard: Shard | None, row_sets: list[ShardedRows], writer: int, world_size: int) -> ShardPlan | None:
     if shard is None:
         return None
-    return ShardPlan(shard, row_sets, writer=writer, world_size=world_size, piece_bytes=PIECE_BYTES)
+    return ShardPlan(shard, row_sets, writer=writer, world_size=world_size, piece_bytes=BLOCK)
 
 
 def _write_shard(
@@ -170,9 +168,7 @@ def _write_shard(
     writer = None
     if mine is not None:
         writer = failures.attempt(partial(TensorFileWriter, folder / mine.shard.file, mine.layout))
-    for data in stream_pieces(plans, exchange, failures.attempt):
-        if writer is not None and data is not None:  # after a failure only the collectives go on
-            failures.attempt(partial(writer.write, data))
+    write_pieces(plans, exchange, writer, failures.attempt)  # after a failure only the collectives go on
     if mine is None or writer is None:
         return {}
     if failures.first is not None:

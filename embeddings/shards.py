@@ -1,7 +1,8 @@
 """How the rows of all tables are cut into files, and files into pieces: by ranges of buckets."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .exchange import Exchange
+from .files import BLOCK
 from .hashing import NUM_BUCKETS, bucket, bucket_range
-from .tensor_file import as_bytes, file_order
+from .tensor_file import TensorFileWriter, as_bytes, file_order
 
 IDS, OFFSETS = "ids", "bucket_offsets"
 Column = tuple[torch.dtype, int]  # dtype and width; width 0: one number per row, without an axis
@@ -51,11 +53,11 @@ class ShardedRows:
         name: what its tensors in the files begin with: "<name>.ids", "<name>.<column>", "<name>.bucket_offsets".
         ids: int64 [n] of this rank, sorted by (bucket, id).
         columns: the tensors that go beside the ids.
-        read: read(column, start, stop) returns the values of this rank's rows [start, stop) of a column.
+        read: read(column, start, stop, out) puts the values of this rank's rows [start, stop) of a column there.
     """
 
     def __init__(
-        self, name: str, ids: Tensor, columns: Mapping[str, Column], read: Callable[[str, int, int], Tensor]
+        self, name: str, ids: Tensor, columns: Mapping[str, Column], read: Callable[[str, int, int, Tensor], object]
     ) -> None:
         self.name = name
         self.columns: dict[str, Column] = {IDS: (torch.int64, 0), **columns}
@@ -78,12 +80,15 @@ class ShardedRows:
         """Number of rows on all ranks in buckets [first, end)."""
         return int(self.offsets[end] - self.offsets[first])
 
-    def read(self, column: str, first: int, end: int) -> Tensor:
-        """The bytes of a column, uint8 [n], for this rank's rows in buckets [first, end)."""
+    def read(self, column: str, first: int, end: int, out: Tensor) -> None:
+        """Put the bytes of a column for this rank's rows in buckets [first, end) into `out`, uint8."""
         start, stop = int(self._starts[first]), int(self._starts[end])
-        values = self._ids[start:stop] if column == IDS else self._read(column, start, stop)
-        assert values.dtype == self.columns[column][0] and len(values) == stop - start
-        return as_bytes(values.contiguous())
+        kind = self.columns[column]
+        values = out.view(kind[0]).view(column_shape(kind, stop - start))
+        if column == IDS:
+            values.copy_(self._ids[start:stop])
+        else:
+            self._read(column, start, stop, values)
 
 
 def column_bytes(column: Column) -> int:
@@ -115,11 +120,12 @@ class Piece(NamedTuple):
             return 8 * (self.end - self.first + 1)
         return self.rows.count(self.first, self.end) * column_bytes(self.rows.columns[self.column])
 
-    def read(self) -> Tensor:
-        """Its bytes, uint8 [num_bytes()]; called on `source`."""
+    def read(self, out: Tensor) -> None:
+        """Put its bytes into `out`, uint8 [num_bytes()]; called on `source`."""
         if self.column == OFFSETS:
-            return as_bytes(self.rows.offsets[self.first : self.end + 1] - self.rows.offsets[self.first])
-        return self.rows.read(self.column, self.first, self.end)
+            out.copy_(as_bytes(self.rows.offsets[self.first : self.end + 1] - self.rows.offsets[self.first]))
+        else:
+            self.rows.read(self.column, self.first, self.end, out)
 
 
 class ShardPlan:
@@ -160,34 +166,52 @@ class ShardPlan:
                         self.pieces.append(Piece(rows, column, *cut, source))
 
 
-def stream_pieces(
-    plans: Sequence[ShardPlan | None], exchange: Exchange, attempt: Callable[[Callable[[], Tensor]], Tensor | None]
-) -> Iterator[Tensor | None]:
-    """Yield the bytes of this rank's shard piece by piece, plans[w] being that of rank w. Collective.
+def write_pieces(
+    plans: Sequence[ShardPlan | None],
+    exchange: Exchange,
+    writer: TensorFileWriter | None,
+    attempt: Callable[[Callable[[], None]], object],
+) -> None:
+    """Write this rank's shard piece by piece, plans[w] being that of rank w. Collective.
 
     Pieces that lie on other ranks come by all-to-all; nothing is sent while all ranks write rows of their own.
 
     Args:
         plans: what each rank writes in this turn.
         exchange: the ranks.
-        attempt: runs a reading; where it fails it keeps the problem for later and returns None. Zeros go in its place,
-            so that the other ranks are not left waiting.
+        writer: of this rank's file; None when it has none, or could not be opened.
+        attempt: runs a reading or a writing; where one fails it keeps the problem and runs no more. What is sent then
+            is of no use, but the other ranks are not left waiting.
     """
     schedules = [plan.pieces if plan else [] for plan in plans]
     for pieces in zip_longest(*schedules):
         mine = pieces[exchange.rank]
-        if all(piece is None or piece.source == writer for writer, piece in enumerate(pieces)):
-            yield None if mine is None else attempt(mine.read)
+        if all(piece is None or piece.source == rank for rank, piece in enumerate(pieces)):
+            if mine is not None and writer is not None:
+                attempt(partial(_write, mine, writer))
             continue
         sent = [_to_send(piece, exchange.rank, attempt) for piece in pieces]
         received = [0] * exchange.world_size
         if mine is not None:
             received[mine.source] = mine.num_bytes()
-        yield exchange.all_to_all(torch.cat(sent), [len(part) for part in sent], received)
+        arrived = exchange.all_to_all(torch.cat(sent), [len(part) for part in sent], received)
+        if writer is not None:
+            attempt(partial(writer.write, arrived))
 
 
-def _to_send(piece: Piece | None, rank: int, attempt: Callable[[Callable[[], Tensor]], Tensor | None]) -> Tensor:
+def _write(piece: Piece, writer: TensorFileWriter) -> None:
+    size = piece.num_bytes()
+    if size <= BLOCK:
+        piece.read(writer.reserve(size))
+        return
+    values = torch.empty(size, dtype=torch.uint8, device="cpu")
+    piece.read(values)
+    writer.write(values)
+
+
+def _to_send(piece: Piece | None, rank: int, attempt: Callable[[Callable[[], None]], object]) -> Tensor:
     if piece is None or piece.source != rank:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
-    found = attempt(piece.read)
-    return torch.zeros(piece.num_bytes(), dtype=torch.uint8, device="cpu") if found is None else found
+    values = torch.empty(piece.num_bytes(), dtype=torch.uint8, device="cpu")
+    attempt(partial(piece.read, values))
+    return values

@@ -12,7 +12,7 @@ from .kernels.rounding import row_keys, table_keys
 from .policies import initial_rows, row_init
 from .pretrained import PretrainedRows, load_pretrained
 from .shared_rows import SharedRows
-from .use import USE_SLOTS, as_slot, read_slot
+from .use import USE_SLOTS, as_slot
 
 SIDE_TABLES = ("candidates", "evicted", "pinned")  # what policies remember of ids: see PhysicalTable.side_table
 
@@ -240,19 +240,53 @@ class PhysicalTable:
             columns[STEP_SLOT] = (torch.int32, 0)
         return columns
 
-    def read_column(self, column: str, handles: Tensor) -> Tensor:
-        """Return one of `columns` of some rows, [n, width] or [n], in host memory."""
+    def read_column(self, column: str, handles: Tensor, out: Tensor) -> Tensor:
+        """Put one of `columns` of some rows, [n, width] or [n], into `out` in host memory; return that.
+
+        Rows may be wanted in float32 or bfloat16, whatever the table has.
+        """
         if column == "rows":
-            return self.storage.gather(handles).to("cpu", self.columns(state=False)["rows"][0])
-        if column in (slot.name for slot in self.use_slots):
-            return read_slot(self.storage, column, handles).cpu()
-        values = self.storage.gather_slot(column, handles).cpu()
-        return values.flatten() if column == STEP_SLOT else values
+            if out.dtype == torch.float32:
+                return self.storage.gather(handles, out)
+            return out.copy_(self.storage.gather(handles))
+        is_use = column in (slot.name for slot in self.use_slots)
+        slot = out.view(torch.float32) if is_use else out  # the storage keeps the use of a row bit for bit in a float
+        self.storage.gather_slot(column, handles, slot.unsqueeze(1) if slot.dim() == 1 else slot)
+        return out
+
+    def write_column(self, column: str, handles: Tensor, values: Tensor) -> None:
+        """Overwrite one of `columns` of some rows, with values as `read_column` gives them."""
+        if column == "rows":
+            self.storage.scatter(handles, values.float(), {})
+        elif column in (slot.name for slot in self.use_slots):
+            self.storage.scatter(handles, None, {column: as_slot(values)})
+        else:
+            self.storage.scatter(handles, None, {column: values.unsqueeze(1) if values.dim() == 1 else values})
+
+    def insert_blank(self, logical: int, ids: Tensor) -> Tensor:
+        """Return the handles int64 [n] of new rows for distinct ids of a logical table that have none.
+
+        Every column of them is to be written before anybody reads one.
+        """
+        self._rows_by_table = None
+        return self.storage.insert_blank(torch.full(ids.shape, logical, dtype=torch.int32, device="cpu"), ids)
+
+    def fill_column(self, column: str, handles: Tensor, value: float | None = None) -> None:
+        """Give rows the value of a new row in a column of the state, or another one."""
+        dtype, width = self.columns(state=True)[column]
+        if value is None:
+            value = next((slot.fill for slot in self.slots if slot.name == column), 0.0)
+        shape = (len(handles), width) if width else (len(handles),)
+        self.write_column(column, handles, torch.full(shape, value, dtype=dtype, device="cpu"))
 
     def read(self, handles: Tensor) -> dict[str, Tensor]:
         """Return all columns: "rows" float32 [n, dim], each slot float32 [n, width], use and "step" int32 [n]."""
-        values = {column: self.read_column(column, handles) for column in self.columns(state=True)}
-        return values | {"rows": values["rows"].float()}
+        values = {}
+        for column, (dtype, width) in self.columns(state=True).items():
+            shape = (len(handles), width) if width else (len(handles),)
+            kind = torch.float32 if column == "rows" else dtype
+            values[column] = self.read_column(column, handles, torch.empty(shape, dtype=kind, device="cpu"))
+        return values
 
     def write(self, tables: Tensor, ids: Tensor, rows: Tensor | None, state: Mapping[str, Tensor]) -> None:
         """Insert or overwrite rows (distinct pairs, float32 or as in files); state not given starts as in a new row.

@@ -1,10 +1,11 @@
 """safetensors files in pieces: written tensor by tensor as a stream, read by ranges of rows, mapped into memory."""
 
+import contextlib
 import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .files import FileWriter, Fingerprint
+from .direct_io import read_pieces
+from .files import BLOCK, FileWriter, Fingerprint, check_pieces
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape
 
@@ -33,6 +35,16 @@ def file_order(layout: Layout) -> list[str]:
 def as_bytes(values: Tensor) -> Tensor:
     """Return the bytes of a contiguous tensor, uint8 [n], without a copy."""
     return values.reshape(-1).view(torch.uint8)
+
+
+def bytes_of(buffer: memoryview) -> Tensor:
+    """Return a buffer as a tensor, uint8 [n], without a copy."""
+    return torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else torch.empty(0, dtype=torch.uint8)
+
+
+def _cut(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """[begin, end) in pieces of `size`."""
+    return [(at, min(at + size, end)) for at in range(begin, end, size)]
 
 
 class TensorFileWriter:
@@ -57,9 +69,14 @@ class TensorFileWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, values: Tensor) -> None:
-        """Append bytes, uint8 [n] in host memory, which must not change any more."""
+        """Append bytes, uint8 [n] in host memory."""
         self._missing -= len(values)
         self._file.write(values.numpy())
+
+    def reserve(self, size: int) -> Tensor:
+        """Append bytes, uint8 [size], that the caller puts there before the next call; BLOCK of them at most."""
+        self._missing -= size
+        return bytes_of(self._file.reserve(size))
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -166,6 +183,34 @@ class TensorFile:
         row_bytes = stored.dtype.itemsize * math.prod(stored.shape[1:])
         self._read_into(as_bytes(values), stored.begin + start * row_bytes)
         return values
+
+    def stream(
+        self, ranges: Mapping[str, tuple[int, int]], expected: Fingerprint | None = None
+    ) -> Generator[tuple[str, int, Tensor]]:
+        """Read rows [start, stop) of tensors in the order of the file: yield name, first row, values, in pieces.
+
+        Values last until the next piece is asked for. With `expected`, the whole file is read and must have that
+        fingerprint. Raises ValueError when it has not, or is cut short.
+        """
+        parts: list[tuple[str, int, tuple[int, int]]] = []  # name ("": not wanted), first row, bytes
+        at = 0
+        for name, (start, stop) in sorted(ranges.items(), key=lambda item: self[item[0]].begin):
+            stored = self[name]
+            width = stored.dtype.itemsize * math.prod(stored.shape[1:])
+            begin, end = stored.begin + start * width, stored.begin + stop * width
+            parts += [("", 0, gap) for gap in _cut(at, begin, BLOCK)] if expected else []
+            rows = max(BLOCK // width, 1)
+            parts += [(name, start + (b - begin) // width, (b, e)) for b, e in _cut(begin, end, rows * width)]
+            at = end
+        parts += [("", 0, gap) for gap in _cut(at, expected["size"], BLOCK)] if expected else []
+        views = read_pieces(self.path, [part[-1] for part in parts])
+        checked = views if expected is None else check_pieces(self.path, views, expected)
+        with contextlib.closing(checked):
+            for (name, row, _), view in zip(parts, checked, strict=True):
+                if name:
+                    stored = self[name]
+                    buffer = view if stored.begin % stored.dtype.itemsize == 0 else memoryview(bytearray(view))
+                    yield name, row, bytes_of(buffer).view(stored.dtype).view(-1, *stored.shape[1:])
 
     def map(self, name: str) -> MappedTensor:
         """Map a tensor; the mapping outlives this object."""

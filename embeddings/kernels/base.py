@@ -93,8 +93,8 @@ class TableStorage(Protocol):
         Those of bfloat16 rows are exact.
         """
 
-    def gather_slot(self, name: str, handles: Tensor) -> Tensor:
-        """Return [n, width] of a slot: float32, or int32 [n, 1] for "step". Handles are valid."""
+    def gather_slot(self, name: str, handles: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return [n, width] of a slot, in `out` when given: float32, or int32 [n, 1] for "step". Handles are valid."""
 
     def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
         """Overwrite rows (float32 [n, dim], None = leave) and the named slots. Handles are valid and distinct.
@@ -132,6 +132,13 @@ class TableStorage(Protocol):
         """Insert or overwrite rows (distinct pairs): float32 [n, dim], and all slots with "step", as in `scatter`."""
         handles, _ = self.find_or_insert(tables, ids)
         self.scatter(handles, rows, slots)
+
+    def insert_blank(self, tables: Tensor, ids: Tensor) -> Tensor:
+        """Return the handles int64 [n] of new rows for distinct pairs that have none.
+
+        The caller scatters rows, all slots and "step" before anybody reads: until then they may hold anything.
+        """
+        return self.find_or_insert(tables, ids)[0]
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` more rows. MemoryError, with nothing changed, where there is none. May do nothing."""

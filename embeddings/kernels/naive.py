@@ -100,9 +100,10 @@ class NaiveStorage(TableStorage):
             rows = self._rows.index_select(0, handles.clamp(min=0)).float().mul_(known[:, None])
         return rows if out is None else out.copy_(rows)
 
-    def gather_slot(self, name: str, handles: Tensor) -> Tensor:
+    def gather_slot(self, name: str, handles: Tensor, out: Tensor | None = None) -> Tensor:
         assert self._open_index is not None
-        return self._slots[name].index_select(0, handles)
+        values = self._slots[name].index_select(0, handles)
+        return values if out is None else out.copy_(values)
 
     def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
         assert self._open_index is not None

@@ -55,6 +55,7 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "storage_keys": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p]),
     "storage_sorted_keys": (c_int, [c_void_p, c_int32, c_void_p, c_void_p, _COUNT]),
     "storage_reserve": (c_int, [c_void_p, c_int64]),
+    "storage_insert_blank": (c_int, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
     "storage_write": (c_int, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
     "storage_size": (c_int64, [c_void_p]),
     "storage_bytes": (c_int64, [c_void_p]),

@@ -93,16 +93,19 @@ class HostStorage(TableStorage):
         call("storage_gather", self._open, self._handles(handles), n, target, num_threads())
         return out
 
-    def gather_slot(self, name: str, handles: Tensor) -> Tensor:
-        n = len(handles)
+    def gather_slot(self, name: str, handles: Tensor, out: Tensor | None = None) -> Tensor:
+        n, storage, where = len(handles), self._open, self._handles(handles)
+        dtype, width = torch.int32, 1
+        if name != STEP_SLOT:
+            dtype, width = torch.float32, self._layout[self._slot(name)].width
+        if out is None:
+            out = torch.empty(n, width, dtype=dtype, device="cpu")
+        target = pointer(out, dtype, n, width, name="out")
         if name == STEP_SLOT:
-            steps = torch.empty(n, 1, dtype=torch.int32, device="cpu")
-            call("storage_gather_step", self._open, self._handles(handles), n, steps.data_ptr())
-            return steps
-        number = self._slot(name)
-        values = torch.empty(n, self._layout[number].width, dtype=torch.float32, device="cpu")
-        call("storage_gather_slot", self._open, number, self._handles(handles), n, values.data_ptr(), num_threads())
-        return values
+            call("storage_gather_step", storage, where, n, target)
+        else:
+            call("storage_gather_slot", storage, self._slot(name), where, n, target, num_threads())
+        return out
 
     def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
         storage, n, where = self._open, len(handles), self._handles(handles)
@@ -147,6 +150,11 @@ class HostStorage(TableStorage):
 
     def reserve(self, rows: int) -> None:
         call("storage_reserve", self._open, rows)
+
+    def insert_blank(self, tables: Tensor, ids: Tensor) -> Tensor:
+        n, handles = len(ids), torch.empty_like(ids)
+        call("storage_insert_blank", self._open, *self._pairs(tables, ids), n, handles.data_ptr(), num_threads())
+        return handles
 
     def write(self, tables: Tensor, ids: Tensor, rows: Tensor, slots: Mapping[str, Tensor]) -> None:
         n, storage = len(ids), self._open

@@ -152,9 +152,10 @@ class TritonStorage(TableStorage):
                 row_kernels.gather_initial_kernel[blocks(n, shape["ROWS"])](*args, **shape)
         return out
 
-    def gather_slot(self, name: str, handles: Tensor) -> Tensor:
+    def gather_slot(self, name: str, handles: Tensor, out: Tensor | None = None) -> Tensor:
         assert self._open is not None
-        return self._slots[name].gather(self._here(handles)).to(handles.device)
+        values = self._slots[name].gather(self._here(handles))
+        return values.to(handles.device) if out is None else out.copy_(values)
 
     def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
         assert self._open is not None

@@ -69,6 +69,9 @@ int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int
 // ids and handles of one logical table by (bucket, id); room for grzoo_storage_size
 int grzoo_storage_sorted_keys(GrzooStorage* storage, int32_t table, int64_t* ids, int64_t* handles, int64_t* count);
 int grzoo_storage_reserve(GrzooStorage* storage, int64_t more);
+// rows for pairs that have none, to be filled by the scatter functions
+int grzoo_storage_insert_blank(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles,
+                               int threads);
 // inserts or overwrites rows with all of their state: slots[k] are the values of slot k
 int grzoo_storage_write(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, const float* rows,
                         const float* const* slots, const int32_t* steps, int threads);

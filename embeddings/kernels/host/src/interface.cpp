@@ -195,6 +195,11 @@ int grzoo_storage_reserve(GrzooStorage* storage, int64_t more) {
     return locked(storage, [&] { storage->reserve(more); });
 }
 
+int grzoo_storage_insert_blank(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles,
+                               int threads) {
+    return locked(storage, [&] { storage->insert_blank(tables, ids, n, handles, threads); });
+}
+
 int grzoo_storage_write(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, const float* rows,
                         const float* const* slots, const int32_t* steps, int threads) {
     return locked(storage, [&] { storage->write(tables, ids, n, rows, slots, steps, threads); });

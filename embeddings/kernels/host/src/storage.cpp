@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "functions.h"
@@ -138,6 +139,13 @@ void Storage::reserve(int64_t more) {
     const double mean = static_cast<double>(more) / Index::kSegments;
     if (more > 0)
         for (int segment = 0; segment < Index::kSegments; ++segment) index_.reserve(segment, static_cast<int64_t>(mean + 4 * sqrt(mean)));
+}
+
+void Storage::insert_blank(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) {
+    check_tables(tables, n);
+    std::vector<int64_t> all(static_cast<size_t>(n));
+    std::iota(all.begin(), all.end(), int64_t(0));
+    insert_missing(tables, ids, all, handles, threads, false);
 }
 
 void Storage::write(const int32_t* tables, const int64_t* ids, int64_t n, const float* values, const float* const* slots,

@@ -20,6 +20,8 @@ public:
     void find(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) const;
     int64_t find_or_insert(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads);
     void reserve(int64_t more);
+    // Inserts pairs that have no row; row and state hold nothing of use until they are scattered.
+    void insert_blank(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads);
     // Inserts or overwrites rows with all of their state; slots[k] is that of slot k.
     void write(const int32_t* tables, const int64_t* ids, int64_t n, const float* values, const float* const* slots,
                const int32_t* steps, int threads);
