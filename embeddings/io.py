@@ -9,7 +9,7 @@ optimizer and the shards. embeddings-shared.safetensors holds the rows that unkn
 """
 
 from .index import FORMAT_VERSION, INDEX_NAME, read_index, remove_index, shard_files
-from .loading import load_tables
+from .loading import load_tables, whole_shards
 from .mapped import map_tables
 from .saving import save_tables
 
@@ -22,4 +22,5 @@ __all__ = [
     "remove_index",
     "save_tables",
     "shard_files",
+    "whole_shards",
 ]

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import TableConfig
-from .files import Fingerprint
+from .files import DamagedFile, Fingerprint
 from .hashing import HASH_VERSION, NUM_BUCKETS, bucket, bucket_range
 from .index import describe_optimizer, read_index, shard_files
 from .kernels import Slot
@@ -38,6 +38,7 @@ def load_tables(
     state: bool | None = None,
     tables: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
+    fingerprints: Mapping[str, Fingerprint] | None = None,
 ) -> None:
     """Replace the rows of tables by those of a folder; each rank reads the rows that it owns. Collective.
 
@@ -50,13 +51,15 @@ def load_tables(
         tables: load these tables of the collection only, others lose their rows; default: all, and the folder has
             no others. For a warm start; a seed or initial values that differ are then only a warning.
         rename: table of the collection -> its name in the files, where that is another one.
+        fingerprints: of the files, when they are to be compared: this is done on the way for those that one rank reads
+            from end to end, `whole_shards`; others must have been compared before.
 
     Example:
         load_tables(collection, "export", state=False, tables=["item"], rename={"item": "video"})
 
     Raises:
         ValueError: on every rank, when the folder does not fit (tables, widths, initial values, seed, hash, optimizer;
-            both sides are named) or is damaged.
+            both sides are named) or is damaged. With fingerprints that is a DamagedFile, on a rank that has met it.
     """
     exchange = collection.exchange
     fresh: list[PhysicalTable] = []
@@ -78,14 +81,18 @@ def load_tables(
         sides = wanted_sides(collection, fresh, policies)
         for name, shard in zip(shard_files(index), metadata["shards"], strict=False):
             span = max(first, shard["buckets"][0]), min(end, shard["buckets"][1])
-            if span[0] < span[1]:
-                with TensorFile(Path(folder) / name) as file:
-                    targets = [
-                        _table_target(file, theirs, fresh[position], logical, with_state, clock)
-                        for theirs, (position, logical) in ((names[ours], collection.placement[ours]) for ours in names)
-                    ]
-                    targets += [_Target(side, *place, dict(SIDE_COLUMNS)) for side, place in sides.items()]
-                    _load_shard(targets, file, shard, span, None)
+            if span[0] >= span[1]:
+                continue
+            expected = None
+            if fingerprints is not None and span == tuple(shard["buckets"]):
+                expected = fingerprints[name]
+            with _naming_damage(fingerprints is not None), TensorFile(Path(folder) / name) as file:
+                targets = [
+                    _table_target(file, theirs, fresh[position], logical, with_state, clock)
+                    for theirs, (position, logical) in ((names[ours], collection.placement[ours]) for ours in names)
+                ]
+                targets += [_Target(side, *place, dict(SIDE_COLUMNS)) for side, place in sides.items()]
+                _load_shard(targets, file, shard, span, expected)
         if metadata.get("shared_rows"):
             load_shared(collection, fresh, Path(folder) / SHARED_FILE, names, state=with_state)
     except MemoryError as error:
@@ -104,6 +111,27 @@ def load_tables(
     if with_state:
         restore_policy_state(collection, fresh, policies)
     collection.replace_physical(fresh)
+
+
+@contextlib.contextmanager
+def _naming_damage(is_sealed: bool) -> Iterator[None]:
+    """Where files are known to have been right, what is wrong with one is damage."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, DamagedFile) or not is_sealed:
+            raise
+        raise DamagedFile(str(error)) from error
+
+
+def whole_shards(metadata: Mapping[str, Any], world_size: int) -> set[str]:
+    """Return the shards of an index that one of so many ranks reads from end to end."""
+    ranges = [bucket_range(rank, world_size) for rank in range(world_size)]
+    return {
+        shard["file"]
+        for shard in metadata["shards"]
+        if any(first <= shard["buckets"][0] and shard["buckets"][1] <= end for first, end in ranges)
+    }
 
 
 def saved_names(
@@ -149,9 +177,9 @@ def check_metadata(
     births: list[tuple[str, Any, Any]] = [("seed", metadata["seed"], collection.seed)]
     for name, theirs_name in names.items():
         theirs, ours = saved[theirs_name], collection.tables[name]
-        for field in ("embedding_dim", "initializer", "init_key", "row_dtype"):
-            into = pairs if field == "embedding_dim" else births
-            into.append((f"{field} of table {name!r}", getattr(theirs, field), getattr(ours, field)))
+        for key in ("embedding_dim", "initializer", "init_key", "row_dtype"):
+            into = pairs if key == "embedding_dim" else births
+            into.append((f"{key} of table {name!r}", getattr(theirs, key), getattr(ours, key)))
     for what, other, own in pairs if warm else pairs + births:
         if other != own:
             raise ValueError(f"{what}: the files have {other!r}, this collection has {own!r}")
@@ -236,7 +264,7 @@ def _load_shard(
     span: tuple[int, int],
     expected: Fingerprint | None,
 ) -> None:
-    """Read the rows of buckets [span) of one shard, from its first byte to its last; all of it when it is `expected`."""
+    """Read the rows of buckets [span) of one shard in the order of the file; all of it when that is `expected`."""
     wanted: dict[str, tuple[_Target, str]] = {}
     order: dict[str, OrderCheck] = {}
     ranges: dict[str, tuple[int, int]] = {}

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .table import SIDE_TABLES, PhysicalTable
-from .use import LAST_USE, USE_SLOTS
+from .use import USE_SLOTS
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from grzoo.embeddings.exchange import Exchange
-from grzoo.embeddings.files import Fingerprint, write_text
-from grzoo.embeddings.io import INDEX_NAME, load_tables, save_tables
+from grzoo.embeddings.files import DamagedFile, Fingerprint, write_text
+from grzoo.embeddings.io import INDEX_NAME, load_tables, read_index, save_tables, whole_shards
 from safetensors import SafetensorError
 
 from grzoo import __version__
@@ -54,12 +54,17 @@ def save_checkpoint(engine: "GenRecEngine", save_dir: Path, tag: str, client_sta
 
 def load_checkpoint(engine: "GenRecEngine", load_dir: Path, tag: str | None) -> tuple[Path, dict[str, Any]]:
     """See `GenRecEngine.load_checkpoint`."""
-    exchange = engine.exchange
-    target = find_checkpoint(load_dir, tag, exchange)
-    state = _together(exchange, lambda: _read_state(target))
-    dense = DenseState(engine.deepspeed)
-    _together(exchange, lambda: _check_fits(engine, dense, target, state))
-    load_tables(engine.collection, target, state=True)
+    exchange, dense = engine.exchange, DenseState(engine.deepspeed)
+
+    def load_rows(target: Path) -> tuple[Path, dict[str, Any]]:
+        """All that can fail; changes nothing when it does."""
+        files = verify_checkpoint(target, exchange, but_whole_shards=True)
+        state = _together(exchange, lambda: _read_state(target))
+        _together(exchange, lambda: _check_fits(engine, dense, target, state))
+        load_tables(engine.collection, target, state=True, fingerprints=files)
+        return target, state
+
+    target, state = _first_undamaged(load_dir, tag, exchange, load_rows)
     dense.create_states(state["dense"]["states"], state["dense"]["scalars"])
     load_dense(dense, target, exchange)
     restore_training_state(engine, state)
@@ -74,22 +79,33 @@ def find_checkpoint(load_dir: Path, tag: str | None, exchange: Exchange) -> Path
     Raises:
         ValueError: on every rank, when there is none, or the one that is named is damaged.
     """
-    named = tag is not None
-    names = [tag or ""] if named else _from_first(exchange, lambda: _candidate_names(load_dir))
-    if names == [""]:
-        named = True
+
+    def verified(path: Path) -> Path:
+        verify_checkpoint(path, exchange)
+        return path
+
+    return _first_undamaged(load_dir, tag, exchange, verified)
+
+
+def _first_undamaged(load_dir: Path, tag: str | None, exchange: Exchange, use: Callable[[Path], T]) -> T:
+    """What `use` makes of the checkpoint that is named, else of the newest that is not damaged. Collective.
+
+    `use` raises DamagedFile on some rank, and ValueError on all, when it is damaged; other errors are passed on.
+    """
+    names = [tag] if tag is not None else _from_first(exchange, lambda: _candidate_names(load_dir))
+    is_named = tag is not None or names == [""]
     damage: list[str] = []
     for path in [load_dir / name for name in names]:
         try:
-            verify_checkpoint(path, exchange)
+            found = use(path)
         except ValueError as error:
+            if is_named or not exchange.sum_int(int(isinstance(error, DamagedFile))):
+                raise
             damage.append(str(error))
             continue
         for message in damage if exchange.rank == 0 else ():
             logger.warning("passed over: %s", message)
-        return path
-    if named:
-        raise ValueError(damage[0])
+        return found
     detail = "; ".join(damage) or "it has no folder checkpoint-N"
     raise ValueError(f"no complete checkpoint in {load_dir}: {detail}")
 
@@ -100,26 +116,45 @@ def _candidate_names(load_dir: Path) -> list[str]:
     return [path.name for path in folders.candidates(load_dir)]
 
 
-def verify_checkpoint(path: Path, exchange: Exchange) -> None:
+def verify_checkpoint(path: Path, exchange: Exchange, *, but_whole_shards: bool = False) -> dict[str, Fingerprint]:
     """Compares all files of a checkpoint with their checksums, each rank a part of them. Collective.
 
-    Raises:
-        ValueError: on every rank, naming what is missing or damaged.
-    """
-    files = _together(exchange, lambda: folders.read_seal(path))
-    mine = sorted(files)[exchange.rank :: exchange.world_size]
+    Args:
+        but_whole_shards: leave out those shards of tables that `load_tables` compares itself, given what this returns.
 
-    def check() -> None:
+    Returns: sizes and checksums of the files.
+
+    Raises:
+        ValueError: on every rank, naming what is missing or damaged (a DamagedFile on the rank that has met it).
+    """
+
+    def check() -> dict[str, Fingerprint]:
+        files = folders.read_seal(path)
         for name in (STATE, INDEX_NAME):
             if name not in files:
                 raise ValueError(f"{path} is damaged: its {folders.COMPLETE} does not list {name}")
-        for name in mine:
+        left_out: set[str] = set()
+        if but_whole_shards:
+            folders.check_file(path, INDEX_NAME, files[INDEX_NAME])
+            left_out = whole_shards(read_index(path)["metadata"], exchange.world_size)
+            if unlisted := sorted(left_out - files.keys()):
+                raise ValueError(f"{path} is damaged: its {folders.COMPLETE} does not list {unlisted[0]}")
+        for name in sorted(files.keys() - left_out)[exchange.rank :: exchange.world_size]:
             folders.check_file(path, name, files[name])
         sealed, saved = folders.sealed_step(path), _steps(_read_state(path))
         if sealed != saved:
             raise ValueError(f"{path} is damaged: {folders.COMPLETE} is of step {sealed}, {STATE} of step {saved}")
+        return files
 
-    _together(exchange, check)
+    def named() -> dict[str, Fingerprint]:
+        try:
+            return check()
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise DamagedFile(
+                str(error) if isinstance(error, ValueError) else f"{path} is damaged: {error!r}"
+            ) from error
+
+    return _together(exchange, named)
 
 
 def _check_fits(engine: "GenRecEngine", dense: DenseState, target: Path, state: dict[str, Any]) -> None:

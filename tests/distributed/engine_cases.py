@@ -362,7 +362,7 @@ def check_failed_save(rank: int, world_size: int, folder: Path) -> None:
     for module, name, fails_on in (
         (dense_io, "save_tensors", 0),
         (saving, "TensorFileWriter", 0),
-        (saving.TensorFileWriter, "write", 0),
+        (saving.TensorFileWriter, "reserve", 0),
         (saving.ShardedRows, "read", world_size - 1),
         (checkpoint.folders, "publish", 0),
     ):
