@@ -3,7 +3,8 @@
     python -m grzoo.recipes.benchmark.checkpoint --quick
 
 A table of width 64 with the state of Adam (780 bytes a row in the file; its ids are hashes) is saved as a checkpoint
-has it, and loaded again. Baselines, in the same run and folder, interleaved round by round:
+has it, into a new folder and with checksums, and loaded again, all checksums compared. Baselines, in the same run and
+folder, interleaved round by round:
     save   buffers in memory are written to one file of as many bytes; both end with fsync
     load   the files of the checkpoint are read into a buffer, in order; before each reading the files are dropped from
            the page cache (posix_fadvise), so that they come from the disk
@@ -127,9 +128,11 @@ def measure(rows: int, rounds: int, folder: Path) -> tuple[dict[str, list[float]
     seconds: dict[str, list[float]] = {name: [] for name in ("save", "write_copy", "load", "read_copy")}
     extra = {"save": 0, "load": 0}
     size = rows * ROW_BYTES
+    fingerprints: dict[str, Any] = {}
     for _ in range(rounds):
+        shutil.rmtree(saved, ignore_errors=True)
         with PeakMemory() as memory:
-            seconds["save"].append(timed(lambda: save_tables(tables, saved, state=True)))
+            seconds["save"].append(timed(lambda: fingerprints.update(save_tables(tables, saved, state=True))))
         extra["save"] = max(extra["save"], memory.extra)
         seconds["write_copy"].append(timed(lambda: write_copy(copy, size)))
         copy.unlink()
@@ -140,7 +143,7 @@ def measure(rows: int, rounds: int, folder: Path) -> tuple[dict[str, list[float]
         loaded, attached = build()
         drop_cache(saved)
         with PeakMemory() as memory:
-            seconds["load"].append(timed(lambda: load_tables(loaded, saved)))  # noqa: B023
+            seconds["load"].append(timed(lambda: load_tables(loaded, saved, fingerprints=fingerprints)))  # noqa: B023
         extra["load"] = max(extra["load"], memory.extra - min(table_bytes, loaded.memory_bytes()))
         assert loaded.num_rows() == rows
         loaded.close()

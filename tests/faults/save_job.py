@@ -18,10 +18,12 @@ sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 import torch
 import torch.distributed as dist
 from engine_jobs import Layout, Recipe, build_engine, build_steps, train
+from grzoo.embeddings import files, saving, shards, tensor_file
 from grzoo.embeddings.engine import checkpoint as checkpoints
 from grzoo.embeddings.engine.rotation import delete, rotate
 
-DENSE_SHARD_BYTES, TABLE_SHARD_BYTES = 4_000, 3_000  # several files of each kind
+DENSE_SHARD_BYTES, TABLE_SHARD_BYTES = 12_000, 9_000  # several files of each kind,
+BLOCK = 4096  # most of them written in several calls past the page cache
 
 
 class Job:
@@ -105,6 +107,8 @@ def main(task: str, folder: str, report: str, rank: str, world_size: str, rendez
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for module in (files, saving, shards, tensor_file):
+        module.BLOCK = BLOCK
     checkpoints.save_dense = functools.partial(checkpoints.save_dense, max_bytes=DENSE_SHARD_BYTES)
     checkpoints.save_tables = functools.partial(checkpoints.save_tables, max_shard_bytes=TABLE_SHARD_BYTES)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world_size))
