@@ -52,7 +52,7 @@ def save_tables(
         Sizes and checksums of the files that this rank wrote.
 
     Raises:
-        ValueError: state without an attached optimizer, or with another row_dtype.
+        ValueError: state without an attached optimizer, or with another row_dtype, or while a step of training waits.
         OSError or RuntimeError: on every rank, when a file could not be written.
     """
     exchange, path = collection.exchange, Path(folder)
@@ -62,6 +62,8 @@ def save_tables(
         raise ValueError(
             f"row_dtype must be one of {ROW_DTYPES} and without state, got {row_dtype!r} with state={state}"
         )
+    if state:
+        check_between_steps(collection)
     row_sets = _row_sets(collection, state, row_dtype)
     weights = torch.stack([torch.diff(rows.offsets) * rows.row_bytes() for rows in row_sets])
     shards = plan_shards(weights.sum(0), max_shard_bytes)
@@ -81,6 +83,22 @@ def save_tables(
         files |= failures.attempt(lambda: _publish(path, index)) or {}
     exchange.agree(failures.first)
     return files
+
+
+def check_between_steps(collection: "DynamicEmbeddingCollection") -> None:
+    """Raise ValueError, on every rank, when a step has been prepared for training and not applied. Collective.
+
+    The rows and counts that it has brought would be saved, and brought again when the resumed run comes to it.
+    """
+    waiting = any(step.inserts and not step.is_fetched for step in collection.steps)
+    pending = () if collection.optimizer is None else collection.optimizer.pending
+    problem = None
+    if waiting or any(step.touched for step in pending):
+        problem = ValueError(
+            "a step was prepared for training and not applied: its new rows and counts would be in the checkpoint and "
+            "come again after a resume: save after optimizer.step() and before the next prepare, or drop the step"
+        )
+    collection.exchange.agree(problem)
 
 
 def _start(path: Path, rank: int) -> None:

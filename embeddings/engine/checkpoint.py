@@ -11,6 +11,7 @@ import torch
 from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.files import DamagedFile, Fingerprint, write_text
 from grzoo.embeddings.io import INDEX_NAME, load_tables, read_index, save_tables, whole_shards
+from grzoo.embeddings.saving import check_between_steps
 from safetensors import SafetensorError
 
 from grzoo import __version__
@@ -33,6 +34,7 @@ T = TypeVar("T")
 def save_checkpoint(engine: "GenRecEngine", save_dir: Path, tag: str, client_state: Mapping[str, Any]) -> Path:
     """See `GenRecEngine.save_checkpoint`."""
     exchange = engine.exchange
+    check_between_steps(engine.collection)
     target = save_dir / tag
     state = _together(exchange, lambda: _encode_state(engine, tag, client_state))
     try:

@@ -211,6 +211,23 @@ def drop_row(content: dict[str, Tensor]) -> None:
     content["item.exp_avg"] = content["item.exp_avg"][1:].clone()
 
 
+def ids_in_two_shards(folder: Path) -> None:
+    """The shard twice, as the first and the second half of the buckets."""
+    index = json.loads((folder / INDEX_NAME).read_text())
+    (shard,) = index["metadata"]["shards"]
+    second = shard | {"file": "embeddings-00002-of-00002.safetensors", "buckets": [NUM_BUCKETS // 2, NUM_BUCKETS]}
+    index["metadata"]["shards"] = [shard | {"buckets": [0, NUM_BUCKETS // 2]}, second]
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    for half in index["metadata"]["shards"]:
+        content = load_file(folder / shard["file"])
+        first, end = half["buckets"]
+        for table in ("item", "user", "empty"):
+            offsets = torch.searchsorted(bucket(content[f"{table}.ids"]), torch.arange(first, end + 1))
+            offsets[0], offsets[-1] = 0, len(content[f"{table}.ids"])
+            content[f"{table}.bucket_offsets"] = offsets
+        save_file(content, folder / half["file"])
+
+
 def link_out(file: Path) -> None:
     """The same bytes, but somewhere else."""
     file.symlink_to(file.rename(file.parents[1] / "elsewhere.safetensors"))
@@ -251,6 +268,11 @@ def claim(file: Path, header_bytes: int) -> None:
         (damage_shard(shift_offsets), "lead from 0 to 303 rows"),
         (damage_shard(drop_row), "'exp_avg' of table 'item'.* has shape \\[302, 4\\], it should have \\[303, 4\\]"),
         (damage_shard(lambda content: content.pop("item.step")), "has no tensor 'item.step'"),
+        (
+            damage_shard(lambda content: content.update({"item.exp_avg": content["item.exp_avg"].double()})),
+            "'exp_avg' of table 'item'.* is torch.float64, it should be torch.float32",
+        ),
+        (ids_in_two_shards, "ids are repeated, out of order or in the wrong shard"),
     ],
 )
 def test_s22_damage_is_refused_and_the_tables_stay(tmp_path: Path, damage: Any, message: str) -> None:

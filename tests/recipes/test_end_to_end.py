@@ -81,6 +81,7 @@ def trained(tmp_path_factory):
     """One run on two ranks through the launcher: 7 steps, checkpoints every 3."""
     folder = tmp_path_factory.mktemp("run")
     options = "--output_dir out --dataset_dir data --max_steps 7 --save_strategy steps --save_steps 3".split()
+    options += ["--model.table_policies", "{items: {track_use: true}}"]
     output = launch("train", *MICRO, *options, "--top_k", 5, 10, "--deepspeed_config", ZERO2, ranks=2, cwd=folder)
     return folder, output
 
@@ -173,6 +174,11 @@ def test_checkpoint_evaluates_and_exports_like_the_run(inside):
         assert value == pytest.approx(final[f"test/popularity/{name}"], abs=1e-5)
     run_here(export, "--checkpoint", "out/checkpoint-7", "--output_dir", "again")
     run_here(recommend, "--model", "again", "--expect", "out/recommendations.json")
+    run_here(export, "--checkpoint", "out/checkpoint-7", "--output_dir", "pruned", "--min_count", 3)
+    model = AutoModelForRetrieval.from_pretrained("pruned")
+    left, rows = model.embeddings.num_rows(), AutoModelForRetrieval.from_pretrained("again").embeddings.num_rows()
+    assert 0 < left < rows
+    assert f"- pruned: items: {left:,} of {rows:,} rows are left (min_count 3)" in Path("pruned/README.md").read_text()
     assert (inside / "again/preprocessor_config.json").read_text() == (
         inside / "out/export/preprocessor_config.json"
     ).read_text()
