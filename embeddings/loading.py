@@ -51,8 +51,8 @@ def load_tables(
         tables: load these tables of the collection only, others lose their rows; default: all, and the folder has
             no others. For a warm start; a seed or initial values that differ are then only a warning.
         rename: table of the collection -> its name in the files, where that is another one.
-        fingerprints: of the files, when they are to be compared: this is done on the way for those that one rank reads
-            from end to end, `whole_shards`; others must have been compared before.
+        fingerprints: of the files, to compare those on the way that one rank reads from end to end, `whole_shards`;
+            others must have been compared before. Default: those in the index of an export.
 
     Example:
         load_tables(collection, "export", state=False, tables=["item"], rename={"item": "video"})
@@ -71,6 +71,8 @@ def load_tables(
         names = saved_names(collection, metadata, tables, rename)
         num_rows = {ours: metadata["rows"][name] for ours, name in names.items()}
         with_state = check_metadata(collection, metadata, state, names, warm=tables is not None)
+        if fingerprints is None and metadata["optimizer"] is None:  # else much would be read that is not wanted
+            fingerprints = metadata.get("fingerprints")
         fresh = _empty_tables(collection, metadata, with_state)
         first, end = bucket_range(exchange.rank, exchange.world_size)
         _reserve(collection, fresh, num_rows, end - first)

@@ -78,7 +78,8 @@ def save_tables(
     if shared and exchange.rank == 0:
         files |= failures.attempt(lambda: {SHARED_FILE: save_tensors(path / SHARED_FILE, shared)}) or {}
     exchange.agree(failures.first)
-    index = {"metadata": _metadata(collection, row_sets, shards, state=state)}
+    metadata = _metadata(collection, row_sets, shards, state=state)
+    index = {"metadata": metadata | {"fingerprints": of_all_ranks(exchange, files)}}
     if exchange.rank == 0:
         files |= failures.attempt(lambda: _publish(path, index)) or {}
     exchange.agree(failures.first)
@@ -194,6 +195,14 @@ def _write_shard(
         return {}
     failures.attempt(writer.close)
     return {mine.shard.file: writer.fingerprint}
+
+
+def of_all_ranks(exchange: "Exchange", files: Mapping[str, Fingerprint]) -> dict[str, Fingerprint]:
+    """Return the sizes and checksums of the files that any rank wrote, by name. Collective."""
+    merged: dict[str, Fingerprint] = {}
+    for part in exchange.gather_ints(list(json.dumps(files).encode())):
+        merged |= json.loads(bytes(part))
+    return dict(sorted(merged.items()))
 
 
 def _publish(folder: Path, index: Mapping[str, Any]) -> dict[str, Fingerprint]:

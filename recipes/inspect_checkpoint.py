@@ -4,7 +4,7 @@
     python -m grzoo.recipes.inspect_checkpoint outputs/demo/checkpoint-120 outputs/demo/checkpoint-180 --json
 
 Exit status: 0 when the folder is complete (and equal to the other one), 1 when it is damaged or they differ, 2 when it
-is no such folder. Checksums of a checkpoint are computed anew; no pickle is ever opened.
+is no such folder. Checksums are computed anew; no pickle is ever opened.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def text(report: dict[str, Any]) -> str:
         lines += [f"    {column:<16} {' '.join(map(str, kind))}" for column, kind in sorted(table["columns"].items())]
     parameters = [name for name in report["dense"] if not name.startswith("optimizer.")]
     lines.append(f"  dense: {len(parameters)} tensors, {len(report['dense']) - len(parameters)} of optimizer state")
-    checked = "checksums match" if report["kind"] == "checkpoint" else "files parse; an export has no checksums"
+    is_checkpoint = report["kind"] == "checkpoint"
+    checked = "checksums match" if is_checkpoint else "checksums of the tables match, the other files parse"
     lines += [f"  DAMAGED: {problem}" for problem in report["problems"]] or [f"  complete: {checked}"]
     return "\n".join(lines)
 
@@ -59,13 +60,14 @@ def text(report: dict[str, Any]) -> str:
 def difference_text(difference: dict[str, Any]) -> str:
     """A difference for people."""
     if difference["equal"]:
-        return "equal: all ids, rows and dense tensors"
+        return "equal: all ids, rows, states and dense tensors"
     lines = [f"  table {name} only in the first" for name in difference["tables_only_in_first"]]
     lines += [f"  table {name} only in the second" for name in difference["tables_only_in_second"]]
     for name, table in difference["tables"].items():
         lines.append(
             f"  table {name}: {table['only_in_first']:,} ids only in the first, {table['only_in_second']:,} only in "
-            f"the second, {table['rows_changed']:,} rows changed by at most {table['largest_difference']:g}"
+            f"the second, {table['rows_changed']:,} rows changed by at most {table['largest_difference']:g}, state of "
+            f"{table['state_changed']:,} changed"
         )
     dense = difference["dense"]
     lines.append(

@@ -11,6 +11,12 @@ from grzoo.embeddings.tensor_file import TensorFile
 from torch import Tensor
 
 ROWS_AT_ONCE = 1 << 16
+_COUNTS = (
+    "only_in_first",
+    "only_in_second",
+    "rows_changed",
+    "state_changed",
+)  # of the rows of a table, when they differ
 Progress = Callable[[str], None]
 
 
@@ -22,7 +28,8 @@ def inspect(folder: Path, progress: Progress = lambda _: None) -> dict[str, Any]
         progress: told of every file whose checksum is computed.
 
     Returns:
-        JSON values; "problems" is empty when nothing is damaged. An export has no checksums: its files are parsed.
+        JSON values; "problems" is empty when nothing is damaged. The tables of an export have checksums, in their
+        index; its other files are parsed.
 
     Raises:
         ValueError: the folder has no tables.
@@ -56,7 +63,8 @@ def _problems(folder: Path, is_checkpoint: bool, progress: Progress) -> Iterator
     except ValueError as error:
         yield str(error)
         return
-    for name, expected in sealed.items():
+    checked = sealed if is_checkpoint else read_index(folder)["metadata"].get("fingerprints", {})
+    for name, expected in checked.items():
         progress(name)
         try:
             check_file(folder, name, expected)
@@ -118,7 +126,7 @@ def compare(folder: Path, other: Path) -> dict[str, Any]:
     }
     dense = _compare_dense(folder, other)
     only = [sorted(set(a["rows"]) - set(b["rows"])) for a, b in ((first, second), (second, first))]
-    differs = any(any(t[k] for k in ("only_in_first", "only_in_second", "rows_changed")) for t in tables.values())
+    differs = any(any(t[k] for k in _COUNTS) for t in tables.values())
     return {
         "equal": not (differs or any(only) or any(dense.values())),
         "tables_only_in_first": only[0],
@@ -130,28 +138,30 @@ def compare(folder: Path, other: Path) -> dict[str, Any]:
 
 def _compare_table(name: str, first: tuple[Path, Any], second: tuple[Path, Any]) -> dict[str, Any]:
     """Compare a table by ranges of buckets, so that few rows are in memory."""
-    result = {"only_in_first": 0, "only_in_second": 0, "rows_changed": 0, "largest_difference": 0.0}
+    result = {"only_in_first": 0, "only_in_second": 0, "rows_changed": 0, "largest_difference": 0.0, "state_changed": 0}
     rows = max(first[1]["rows"][name], second[1]["rows"][name])
     parts = max(1, min(4096, rows // ROWS_AT_ONCE))
     edges = [65536 * part // parts for part in range(parts + 1)]
     for begin, end in zip(edges, edges[1:], strict=False):
-        (ids, values), (other_ids, other_values) = (_read_buckets(*side, name, begin, end) for side in (first, second))
-        ids, order = ids.sort()
-        other_ids, other_order = other_ids.sort()
-        mine, theirs = torch.isin(ids, other_ids), torch.isin(other_ids, ids)
+        ours, theirs = (_read_buckets(*side, name, begin, end) for side in (first, second))
+        mine, others = torch.isin(ours["ids"], theirs["ids"]), torch.isin(theirs["ids"], ours["ids"])
         result["only_in_first"] += int((~mine).sum())
-        result["only_in_second"] += int((~theirs).sum())
-        difference = (values[order][mine] - other_values[other_order][theirs]).abs().nan_to_num(torch.inf)
+        result["only_in_second"] += int((~others).sum())
+        difference = (ours["rows"].float()[mine] - theirs["rows"].float()[others]).abs().nan_to_num(torch.inf)
         if difference.numel():
             result["rows_changed"] += int((difference.amax(1) > 0).sum())
             result["largest_difference"] = max(result["largest_difference"], float(difference.max()))
+        changed = torch.zeros(int(mine.sum()), dtype=torch.bool)
+        for column in (ours.keys() & theirs.keys()) - {"ids", "rows"}:
+            differs = ours[column][mine] != theirs[column][others]
+            changed |= differs if differs.dim() == 1 else differs.any(1)
+        result["state_changed"] += int(changed.sum())
     return result
 
 
-def _read_buckets(folder: Path, metadata: Any, name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Ids int64 [n] and rows float32 [n, dim] of the buckets [begin, end)."""
-    dim = next(config["embedding_dim"] for config in metadata["tables"] if config["name"] == name)
-    ids, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dim)]
+def _read_buckets(folder: Path, metadata: Any, name: str, begin: int, end: int) -> dict[str, Tensor]:
+    """All columns of the rows in the buckets [begin, end), sorted by id."""
+    parts: dict[str, list[Tensor]] = {}
     for shard in metadata["shards"]:
         low, high = max(begin, shard["buckets"][0]), min(end, shard["buckets"][1])
         if low >= high:
@@ -159,9 +169,17 @@ def _read_buckets(folder: Path, metadata: Any, name: str, begin: int, end: int) 
         with TensorFile(folder / shard["file"]) as file:
             offsets = file.read(f"{name}.bucket_offsets")
             start, stop = (int(offsets[edge - shard["buckets"][0]]) for edge in (low, high))
-            ids.append(file.read(f"{name}.ids", start, stop))
-            rows.append(file.read(f"{name}.rows", start, stop).float())
-    return torch.cat(ids), torch.cat(rows)
+            for column in _columns(file, name):
+                parts.setdefault(column, []).append(file.read(f"{name}.{column}", start, stop))
+    columns = {column: torch.cat(values) for column, values in parts.items()}
+    order = columns["ids"].argsort()
+    return {column: values[order] for column, values in columns.items()}
+
+
+def _columns(file: TensorFile, table: str) -> list[str]:
+    """What a file has of the rows of a table."""
+    columns = (name.removeprefix(f"{table}.") for name in file.tensors if name.startswith(f"{table}."))
+    return [column for column in columns if "." not in column and column != "bucket_offsets"]
 
 
 def _compare_dense(folder: Path, other: Path) -> dict[str, Any]:

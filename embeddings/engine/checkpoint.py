@@ -11,7 +11,7 @@ import torch
 from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.files import DamagedFile, Fingerprint, write_text
 from grzoo.embeddings.io import INDEX_NAME, load_tables, read_index, save_tables, whole_shards
-from grzoo.embeddings.saving import check_between_steps
+from grzoo.embeddings.saving import check_between_steps, of_all_ranks
 from safetensors import SafetensorError
 
 from grzoo import __version__
@@ -44,7 +44,7 @@ def save_checkpoint(engine: "GenRecEngine", save_dir: Path, tag: str, client_sta
         files |= save_tables(engine.collection, temporary, state=True)
         if written := _together(exchange, lambda: write_text(temporary / STATE, state) if exchange.rank == 0 else None):
             files[STATE] = written
-        files = _of_all_ranks(exchange, files)
+        files = of_all_ranks(exchange, files)
         seal = engine.global_steps
         _together(exchange, lambda: folders.publish(target, files, seal) if exchange.rank == 0 else None)
     except Exception:
@@ -206,14 +206,6 @@ def _visible(temporary: Path) -> Path:
             f"this rank does not see {temporary}, which rank 0 has made: save to a folder that all ranks share"
         )
     return temporary
-
-
-def _of_all_ranks(exchange: Exchange, files: dict[str, Fingerprint]) -> dict[str, Fingerprint]:
-    """The checksums of the files that any rank wrote, everywhere."""
-    merged: dict[str, Fingerprint] = {}
-    for part in exchange.gather_ints(list(json.dumps(files).encode())):
-        merged |= json.loads(bytes(part))
-    return merged
 
 
 def _from_first(exchange: Exchange, work: Callable[[], list[str]]) -> list[str]:

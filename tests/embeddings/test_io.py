@@ -15,6 +15,7 @@ from grzoo.embeddings import (
     SparseOptimizer,
     TableConfig,
 )
+from grzoo.embeddings.files import DamagedFile
 from grzoo.embeddings.hashing import NUM_BUCKETS, bucket
 from grzoo.embeddings.io import INDEX_NAME, load_tables, read_index, save_tables, shard_files
 from grzoo.embeddings.shards import plan_shards
@@ -361,3 +362,32 @@ def test_impossible_warm_starts_name_both_sides(tmp_path: Path, options: dict[st
     save_tables(saved, tmp_path, state=False)
     with pytest.raises(ValueError, match=message):
         load_tables(build(), tmp_path, **options)
+
+
+# ---------------------------------------------------------------------- checksums
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_checksums_are_compared_on_the_way(tmp_path: Path, state: bool) -> None:
+    """Every byte counts: also those of tensors that are not wanted, beside tables without rows."""
+    tables, _optimizer = trained(100)
+    files = save_tables(tables, tmp_path, state=True, max_shard_bytes=4000)
+    load_tables(build(), tmp_path, state=state, fingerprints=files)
+    shard = next(name for name in sorted(files) if name.endswith(".safetensors"))
+    content = (tmp_path / shard).read_bytes()
+    for at in range(9, len(content), 397):
+        (tmp_path / shard).write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        with pytest.raises(DamagedFile):
+            load_tables(build(), tmp_path, state=state, fingerprints=files)
+
+
+def test_an_export_has_the_checksums_of_its_tables(tmp_path: Path) -> None:
+    tables, _optimizer = trained(100)
+    save_tables(tables, tmp_path, state=False, max_shard_bytes=2000)
+    load_tables(build(), tmp_path)
+    shard = max(tmp_path.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"checksum of {shard.name} is wrong"):
+        load_tables(build(), tmp_path)

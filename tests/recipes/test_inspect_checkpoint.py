@@ -14,7 +14,9 @@ from grzoo.embeddings.tensor_file import save_tensors
 from grzoo.recipes.inspect_checkpoint import main
 
 
-def checkpoint(target: Path, *, rows: int = 50, value: float = 1.0, weight: float = 0.0, step: int = 3) -> Path:
+def checkpoint(
+    target: Path, *, rows: int = 50, value: float = 1.0, weight: float = 0.0, step: int = 3, updates: int = 0
+) -> Path:
     tables = DynamicEmbeddingCollection(
         [TableConfig(name="item", embedding_dim=4), TableConfig(name="user", embedding_dim=2)],
         [FeatureConfig(name="a", table="item")],
@@ -22,6 +24,9 @@ def checkpoint(target: Path, *, rows: int = 50, value: float = 1.0, weight: floa
     )
     optimizer = SparseAdam(tables, 0.1)
     tables.import_rows("item", {"ids": torch.arange(rows) * 7919, "rows": torch.full((rows, 4), value)})
+    for _ in range(updates):  # of three rows' state, by gradients of zero
+        (tables({"a": torch.arange(3) * 7919})["a"].sum() * 0).backward()
+        optimizer.step()
     temporary = folders.start(target)
     files = save_tables(tables, temporary, state=True, max_shard_bytes=1000)
     state = {"counters": {"global_steps": step}, "written_by": {"world_size": 2}}
@@ -72,9 +77,29 @@ def test_differences_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     difference = result["difference"]
     assert status == 1 and not difference["equal"] and difference["dense"]["changed"] == {"model.w": 2.0}
     assert difference["tables"]["item"] == {
-        "only_in_first": 0, "only_in_second": 5, "rows_changed": 50, "largest_difference": 0.5,
+        "only_in_first": 0, "only_in_second": 5, "rows_changed": 50, "largest_difference": 0.5, "state_changed": 0,
     }  # fmt: skip
     assert main([str(first), str(other)]) == 1 and "5 only in the second" in capsys.readouterr().out
+
+
+def test_a_difference_of_the_optimizer_state_alone_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, other = checkpoint(tmp_path / "checkpoint-1"), checkpoint(tmp_path / "checkpoint-2", updates=1)
+    status, result = run(capsys, first, other)
+    table = result["difference"]["tables"]["item"]
+    assert status == 1 and (table["rows_changed"], table["state_changed"]) == (0, 3)
+
+
+def test_the_tables_of_an_export_are_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint(tmp_path / "checkpoint-3")
+    (folder / folders.COMPLETE).unlink()
+    (folder / "config.json").write_text("{}")
+    assert run(capsys, folder)[0] == 0
+    shard = max(folder.glob("embeddings-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    status, result = run(capsys, folder)
+    assert status == 1 and f"checksum of {shard.name} is wrong" in result["folders"][0]["problems"][0]
 
 
 def test_what_is_no_checkpoint_gives_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
