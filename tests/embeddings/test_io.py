@@ -375,7 +375,7 @@ def test_checksums_are_compared_on_the_way(tmp_path: Path, state: bool) -> None:
     load_tables(build(), tmp_path, state=state, fingerprints=files)
     shard = next(name for name in sorted(files) if name.endswith(".safetensors"))
     content = (tmp_path / shard).read_bytes()
-    for at in range(9, len(content), 397):
+    for at in range(9, len(content), len(content) // 8):
         (tmp_path / shard).write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
         with pytest.raises(DamagedFile):
             load_tables(build(), tmp_path, state=state, fingerprints=files)
