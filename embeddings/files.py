@@ -16,7 +16,7 @@ from .direct_io import ALIGNMENT, aligned_buffer, bypass_cache
 
 BLOCK = 4 << 20  # bytes that are read or written at a time
 _BLOCKS = 8  # one that is filled, the others on their way to the disk
-_WRITERS = 4
+_WRITERS = 2
 
 Fingerprint = dict[str, Any]  # {"size": bytes, "xxh3_128": hexadecimal}
 
