@@ -14,7 +14,9 @@ import pytest
 
 CHILD = """
 import json, os, sys, torch
-from grzoo.embeddings import SparseSGD
+import pyarrow as pa
+from grzoo.data import DatasetSchema, FeatureSpec, GenRecProcessor
+from grzoo.data.catalogue import Catalogue
 from grzoo.models import AutoModelForRetrieval, HSTUConfig, HSTUForRetrieval
 
 def rows(model):
@@ -22,6 +24,9 @@ def rows(model):
 
 model = HSTUForRetrieval(HSTUConfig(hidden_size=4), embedding_backend="naive")
 model.embeddings.import_rows("items", {"ids": torch.arange(5), "rows": torch.ones(5, 4)})
+items = {"item_id": list(range(5)), "id": list(range(5)), "count": [1] * 5, "title": [f"Film {i}" for i in range(5)]}
+schema = DatasetSchema(name="x", features=(FeatureSpec(name="item_id", dtype="int64"),), id_mapping="identity")
+GenRecProcessor(Catalogue(pa.table(items), "identity"), schema).save_pretrained(sys.argv[1])
 model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="me/hstu")
 first = AutoModelForRetrieval.from_pretrained("me/hstu", embedding_backend="naive")
 assert torch.equal(rows(first), torch.ones(5, 4))
@@ -37,18 +42,22 @@ model.embeddings.import_rows("items", {"ids": torch.arange(5), "rows": torch.ran
 model.push_to_hub("me/hstu")
 AutoModelForRetrieval.from_pretrained("me/hstu")
 history = torch.tensor([[1, 2, 3]])
-best = model.eval().recommend(history, timestamps=history * 1000, top_k=4)
-print(json.dumps([best.item_ids.tolist(), best.scores.tolist()]))
+best = model.eval().recommend(history, timestamps=history * 1000, top_k=2)
+titles = GenRecProcessor.from_pretrained("me/hstu").titles(best.item_ids)
+assert sorted(titles[0]) == sorted(f"Film {i}" for i in best.item_ids[0].tolist())
+print(json.dumps([best.item_ids.tolist(), best.scores.tolist(), titles]))
 """
 
 OFFLINE = """
 import json, torch
+from grzoo.data import GenRecProcessor
 from grzoo.models import AutoModelForRetrieval
 
 model = AutoModelForRetrieval.from_pretrained("me/hstu")
 history = torch.tensor([[1, 2, 3]])
-best = model.recommend(history, timestamps=history * 1000, top_k=4)
-print(json.dumps([best.item_ids.tolist(), best.scores.tolist()]))
+best = model.recommend(history, timestamps=history * 1000, top_k=2)
+titles = GenRecProcessor.from_pretrained("me/hstu").titles(best.item_ids)
+print(json.dumps([best.item_ids.tolist(), best.scores.tolist(), titles]))
 """
 
 
@@ -154,7 +163,7 @@ def test_push_and_pull_carry_tables_of_one_commit(tmp_path):
         trained = run(CHILD, environment, str(tmp_path / "export"))
         assert {"config.json", "model.safetensors", "embeddings.safetensors.index.json"} <= set(Hub.commits[1])
         assert any(name.startswith("embeddings-") for name in Hub.commits[1])
-        assert set(os.listdir(tmp_path / "export")) <= set(Hub.commits[1])  # everything, the card too
+        assert set(os.listdir(tmp_path / "export")) <= set(Hub.commits[1])  # everything: card and processor too
     finally:
         server.shutdown()
     offline = run(OFFLINE, environment | {"HF_HUB_OFFLINE": "1"})  # after the pull, without the hub

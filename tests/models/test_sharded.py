@@ -61,6 +61,7 @@ def test_sharded_model_recommends_and_saves_like_one_process(model, folder, resu
         assert "sharded over 2 ranks" in answer["refusal"]
     rows = [answer["rows"] for answer in answers]
     assert all(rows) and sum(rows) == model.embeddings.num_rows() == 40
+    assert sum(answer["trained"] for answer in answers) == 10  # loaded on two ranks, the tables can be trained
     again = AutoModelForRetrieval.from_pretrained(folder / "two", embedding_backend="naive")
     for name, values in model.embeddings.export_rows("items").items():
         assert torch.equal(again.embeddings.export_rows("items")[name], values), name
