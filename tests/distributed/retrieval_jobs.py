@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, TableConfig
+from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, SparseSGD, TableConfig
 from grzoo.models import AutoModelForRetrieval, ShardedCatalogue
 from torch import Tensor
 
@@ -118,7 +118,7 @@ def sharded_model(group: dist.ProcessGroup, folder: str, other: str) -> dict[str
 
 
 def trained_rows(model: Any) -> int:
-    """How many rows of this rank a step moves: those of ids 0 .. 9, by the mean of the ranks' gradients, which are 1."""
+    """How many rows of this rank a step moves: those of ids 0 .. 9, by the mean of the ranks' gradients of 1."""
     optimizer = SparseSGD(model.embeddings, lr=0.5)
     before = model.embeddings.export_rows("items")
     model.embeddings({"candidate_ids": torch.arange(10)})["candidate_ids"].sum().backward()

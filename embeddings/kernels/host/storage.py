@@ -110,14 +110,15 @@ class HostStorage(TableStorage):
     def scatter(self, handles: Tensor, rows: Tensor | None, slots: Mapping[str, Tensor]) -> None:
         storage, n, where = self._open, len(handles), self._handles(handles)
         if rows is not None:
-            call("storage_scatter", storage, where, n, pointer(rows, torch.float32, n, self._dim, name="rows"))
+            source = pointer(rows, torch.float32, n, self._dim, name="rows")
+            call("storage_scatter", storage, where, n, source, num_threads())
         for name, values in slots.items():
             if name == STEP_SLOT:
                 call("storage_scatter_step", storage, where, n, pointer(values, torch.int32, n, 1, name=name))
             else:
                 number = self._slot(name)
                 source = pointer(values, torch.float32, n, self._layout[number].width, name=name)
-                call("storage_scatter_slot", storage, number, where, n, source)
+                call("storage_scatter_slot", storage, number, where, n, source, num_threads())
 
     def erase(self, tables: Tensor, ids: Tensor) -> int:
         erased = c_int64()

@@ -154,13 +154,13 @@ private:
         for (size_t k = 0; k < layout_.widths.size(); ++k) {
             std::vector<float> values(handles_.size() * static_cast<size_t>(layout_.widths[k]));
             CHECK(grzoo_storage_gather_slot(storage_, static_cast<int64_t>(k), handles_.data(), n, values.data(), 2) == GRZOO_OK);
-            CHECK(grzoo_storage_scatter_slot(storage_, static_cast<int64_t>(k), handles_.data(), n, values.data()) == GRZOO_OK);
+            CHECK(grzoo_storage_scatter_slot(storage_, static_cast<int64_t>(k), handles_.data(), n, values.data(), 2) == GRZOO_OK);
         }
         std::vector<int32_t> steps(handles_.size());
         CHECK(grzoo_storage_gather_step(storage_, handles_.data(), n, steps.data()) == GRZOO_OK);
         CHECK(grzoo_storage_scatter_step(storage_, handles_.data(), n, steps.data()) == GRZOO_OK);
         std::vector<float> rows(handles_.size() * static_cast<size_t>(dim_), 1.f);
-        CHECK(grzoo_storage_scatter(storage_, handles_.data(), n, rows.data()) == GRZOO_OK);
+        CHECK(grzoo_storage_scatter(storage_, handles_.data(), n, rows.data(), threads()) == GRZOO_OK);
         const size_t total = alive_.size();
         std::vector<int32_t> tables(total);
         std::vector<int64_t> ids(total), handles(total);
@@ -230,7 +230,7 @@ private:
         std::vector<float> row(static_cast<size_t>(dim_), 0.f);
         CHECK(grzoo_storage_gather(storage_, &beyond, 1, row.data(), 1) == GRZOO_INVALID);
         CHECK(grzoo_storage_gather(storage_, &below, 1, row.data(), 1) == GRZOO_INVALID);
-        CHECK(grzoo_storage_scatter(storage_, &below, 1, row.data()) == GRZOO_INVALID);
+        CHECK(grzoo_storage_scatter(storage_, &below, 1, row.data(), 1) == GRZOO_INVALID);
         CHECK(grzoo_storage_find(storage_, &table, &one, 1, &handle, 1) == GRZOO_INVALID);
         CHECK(grzoo_storage_gather_slot(storage_, 99, &handle, 0, row.data(), 1) == GRZOO_INVALID);
         CHECK(grzoo_segment_sum(row.data(), &one, 1, dim_, 1, row.data(), 0, 1) == GRZOO_INVALID);

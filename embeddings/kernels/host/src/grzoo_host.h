@@ -56,9 +56,9 @@ int grzoo_storage_find_or_insert(GrzooStorage* storage, const int32_t* tables, c
                                  int64_t* handles, int64_t* inserted, int threads);
 int grzoo_storage_gather(GrzooStorage* storage, const int64_t* handles, int64_t n, float* out, int threads);
 int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out, int threads);
-int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows);
+int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows, int threads);
 int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n,
-                               const float* values);
+                               const float* values, int threads);
 int grzoo_storage_gather_step(GrzooStorage* storage, const int64_t* handles, int64_t n, int32_t* out);
 int grzoo_storage_scatter_step(GrzooStorage* storage, const int64_t* handles, int64_t n, const int32_t* steps);
 int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* erased);

@@ -143,21 +143,13 @@ int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t
     });
 }
 
-int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, const float* values) {
-    return locked(storage, [&] {
-        storage->check_handles(handles, n, 0);
-        const grzoo::SlotPlace& place = storage->slot(slot);
-        for (int64_t i = 0; i < n; ++i)
-            memcpy(place.of(storage->rows().view(), handles[i]), values + i * place.width, sizeof(float) * static_cast<size_t>(place.width));
-    });
+int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, const float* values,
+                               int threads) {
+    return locked(storage, [&] { storage->scatter_slot(slot, handles, n, values, threads); });
 }
 
-int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows) {
-    return locked(storage, [&] {
-        storage->check_handles(handles, n, 0);
-        const grzoo::RowsView& view = storage->rows().view();
-        for (int64_t i = 0; i < n; ++i) grzoo::kernels().store(view, handles[i], rows + i * view.dim);
-    });
+int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows, int threads) {
+    return locked(storage, [&] { storage->scatter(handles, n, rows, threads); });
 }
 
 int grzoo_storage_gather_step(GrzooStorage* storage, const int64_t* handles, int64_t n, int32_t* out) {

@@ -201,6 +201,24 @@ void Storage::gather_slot(int64_t number, const int64_t* handles, int64_t n, flo
     });
 }
 
+void Storage::scatter(const int64_t* handles, int64_t n, const float* values, int threads) const {
+    check_handles(handles, n, 0);
+    const RowsView view = rows_.view();
+    parallel_ranges(n, threads, kIdsPerThread / 2, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernels().store(view, handles[i], values + i * view.dim);
+    });
+}
+
+void Storage::scatter_slot(int64_t number, const int64_t* handles, int64_t n, const float* values, int threads) const {
+    check_handles(handles, n, 0);
+    const SlotPlace& place = slot(number);
+    const RowsView view = rows_.view();
+    parallel_ranges(n, threads, kIdsPerThread / 2, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            memcpy(place.of(view, handles[i]), values + i * place.width, sizeof(float) * static_cast<size_t>(place.width));
+    });
+}
+
 void Storage::refresh_corrections(const GrzooHyper& hyper) {
     if (corrections_beta1_ == hyper.beta1 && corrections_beta2_ == hyper.beta2) return;
     UpdateRule rule{};

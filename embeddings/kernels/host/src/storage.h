@@ -30,6 +30,9 @@ public:
     void update(int rule, const int64_t* slots, const int64_t* handles, int64_t n, const float* grads,
                 const int64_t* keys, const GrzooHyper& hyper, int threads);
     void gather_slot(int64_t slot, const int64_t* handles, int64_t n, float* out, int threads) const;
+    // Handles are distinct: new pages, which a loader touches first here, come to all threads.
+    void scatter(const int64_t* handles, int64_t n, const float* values, int threads) const;
+    void scatter_slot(int64_t slot, const int64_t* handles, int64_t n, const float* values, int threads) const;
     void keys(int32_t* tables, int64_t* ids, int64_t* handles) const;
     // Ids and rows of one logical table by (bucket, id); returns how many. The outputs have room for size().
     int64_t sorted_keys(int32_t table, int64_t* ids, int64_t* handles) const;
