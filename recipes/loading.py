@@ -34,13 +34,13 @@ def load_model(path: Path, process_group: dist.ProcessGroup | None = None) -> An
         return auto_class(CONFIG_MAPPING[model_type]).from_pretrained(str(path), process_group=process_group).eval()
     if not is_checkpoint(path):
         raise UserError(f"{path} holds no model: give an export folder or a complete checkpoint-N of a training run")
-    verify_checkpoint(path, Exchange(process_group))
+    files = verify_checkpoint(path, Exchange(process_group), but_whole_shards=True)
     options = checkpoint_state(path)["model_config"]
     config = CONFIG_MAPPING[options["model_type"]].from_dict(options)
     model = auto_class(type(config)).from_config(config)
     model.load_state_dict(dense_weights(path))
     model.embeddings.set_process_group(process_group)
-    load_tables(model.embeddings, path, state=False)
+    load_tables(model.embeddings, path, state=False, fingerprints=files)
     return model.eval()
 
 
