@@ -275,6 +275,8 @@ def _load_shard(
         rows = shard["rows"].get(target.name, file[f"{target.name}.{IDS}"].shape[0])
         columns = {IDS: (torch.int64, 0), **target.columns}
         check_columns(where, file, target.name, columns, rows)
+        if min(columns, key=lambda column: file[f"{target.name}.{column}"].begin) != IDS:  # noqa: B023
+            raise ValueError(f"{where} has its ids behind other columns, where grzoo does not put them: save it again")
         target.rows = start, stop = _row_range(file, target.name, shard["buckets"], span)
         target.handles = torch.empty(stop - start, dtype=torch.int64, device="cpu")
         order[target.name] = OrderCheck(where, span)

@@ -229,6 +229,20 @@ def ids_in_two_shards(folder: Path) -> None:
         save_file(content, folder / half["file"])
 
 
+def ids_last(folder: Path) -> None:
+    """The tensors of the shard in the opposite order: a safetensors file as good as any."""
+    file = folder / "embeddings-00001-of-00001.safetensors"
+    header, body = {}, b""
+    for name, values in sorted(load_file(file).items(), key=lambda item: (item[0].endswith("ids"), item[0])):
+        data = values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+        dtype = {torch.int64: "I64", torch.int32: "I32", torch.float32: "F32"}[values.dtype]
+        offsets = [len(body), len(body) + len(data)]
+        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": offsets}
+        body += data
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
 def link_out(file: Path) -> None:
     """The same bytes, but somewhere else."""
     file.symlink_to(file.rename(file.parents[1] / "elsewhere.safetensors"))
@@ -273,6 +287,7 @@ def claim(file: Path, header_bytes: int) -> None:
             damage_shard(lambda content: content.update({"item.exp_avg": content["item.exp_avg"].double()})),
             "'exp_avg' of table 'item'.* is torch.float64, it should be torch.float32",
         ),
+        (ids_last, "has its ids behind other columns"),
         (ids_in_two_shards, "ids are repeated, out of order or in the wrong shard"),
     ],
 )
