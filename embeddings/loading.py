@@ -90,7 +90,7 @@ def load_tables(
         problem = error if isinstance(error, ValueError) else ValueError(f"cannot load tables from {folder}: {error!r}")
     exchange.agree(problem)
     for name, expected in num_rows.items():
-        position, logical = collection.placement[name]
+        position, logical = collection.places[name]
         if (found := exchange.sum_int(fresh[position].num_rows(logical))) != expected:
             raise ValueError(f"table {name!r} in {folder} should have {expected} rows, its shards hold {found}")
     for name, (table, logical) in sides.items():
@@ -194,7 +194,7 @@ def _reserve(
     """Make room for this rank's share of the rows before the first one is read."""
     needed = [0] * len(fresh)
     for name, count in rows.items():
-        needed[collection.placement[name][0]] += count * buckets // NUM_BUCKETS
+        needed[collection.places[name][0]] += count * buckets // NUM_BUCKETS
     for table, count in zip(fresh, needed, strict=True):
         table.reserve(count)
 
@@ -211,7 +211,7 @@ def _load_shard(
 ) -> None:
     """Read the rows of buckets [span) of one shard into fresh tables."""
     for ours, name in names.items():
-        position, logical = collection.placement[ours]
+        position, logical = collection.places[ours]
         table = fresh[position]
         columns = table.columns(state=with_state)
         has_use = with_state and f"{name}.{LAST_USE}" in file.tensors

@@ -31,6 +31,7 @@ class TablesAgainstADict(RuleBasedStateMachine):
     """Values are halves and quarters: sums and updates are exact, so rows are compared bit for bit."""
 
     backend = "naive"
+    placement = "host"
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,11 +48,9 @@ class TablesAgainstADict(RuleBasedStateMachine):
 
     def build(self) -> tuple[DynamicEmbeddingCollection, SparseSGD]:
         initializer = {"kind": "constant", "value": INITIAL}
+        common: dict[str, Any] = {"embedding_dim": DIM, "initializer": initializer, "placement": self.placement}
         evicting: dict[str, Any] = {"max_rows": MAX_ROWS, "eviction": {"kind": "lru", "every": EVERY}}
-        configs = [
-            TableConfig(name="plain", embedding_dim=DIM, initializer=initializer),
-            TableConfig(name="bounded", embedding_dim=DIM, initializer=initializer, **evicting),
-        ]
+        configs = [TableConfig(name="plain", **common), TableConfig(name="bounded", **common, **evicting)]
         features = [FeatureConfig(name=table, table=table) for table in TABLES]
         collection = DynamicEmbeddingCollection(configs, features, backend=self.backend, merge=self.merge)
         return collection, SparseSGD(collection, lr=LEARNING_RATE)
