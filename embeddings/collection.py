@@ -17,7 +17,7 @@ from .eviction import evict_due
 from .exchange import Exchange
 from .hashing import owner
 from .jagged import FeatureInput
-from .kernels import Slot
+from .kernels import Slot, check_backend
 from .keyed import mix64, string_key
 from .prepare import MicroBatches, prepare_step
 from .step import MicroBatchEmbeddings, Step
@@ -46,11 +46,11 @@ class DynamicEmbeddingCollection(nn.Module):
         tables: the logical tables (TableConfig or its dict), with distinct names.
         features: the features and the tables they use (FeatureConfig or its dict); tables may be shared.
         seed: of the initial values.
-        backend: of tables in host memory: "auto", "host" (C++) or "naive". Those on a device have one backend.
+        backend: of tables in host memory: "auto", "host" (C++) or "naive". Those on a device have one of their own.
         process_group: the data-parallel group; None: this process alone.
         merge: merge tables of equal layout and placement. Results do not depend on it.
 
-    Raises ValueError for names that clash or do not exist.
+    Raises ValueError for names that clash or do not exist, and for an unknown backend.
 
     Example:
         tables = DynamicEmbeddingCollection(
@@ -73,6 +73,7 @@ class DynamicEmbeddingCollection(nn.Module):
         merge: bool = True,
     ) -> None:
         super().__init__()
+        check_backend(backend)
         table_configs = [t if isinstance(t, TableConfig) else TableConfig.from_dict(t) for t in tables]
         feature_configs = [f if isinstance(f, FeatureConfig) else FeatureConfig.from_dict(f) for f in features]
         self.tables: dict[str, TableConfig] = _by_name("table", table_configs)

@@ -23,6 +23,7 @@ __all__ = [
     "Slot",
     "TableStorage",
     "Unique",
+    "check_backend",
     "functions_at",
     "get_backend",
     "placed_backend",
@@ -55,12 +56,18 @@ def get_backend(name: str = "auto") -> Backend:
 def placed_backend(placement: str, name: str) -> Backend:
     """Return the backend of tables of a placement; `name` ("auto", "host", "naive") says which one in host memory.
 
-    Raises ValueError and BackendUnavailable as `get_backend`.
+    Raises BackendUnavailable as `get_backend`.
     """
     assert placement in PLACEMENTS
+    return get_backend(_DEVICE if placement == "device" else name)
+
+
+def check_backend(name: str) -> None:
+    """Raise ValueError unless `name` is that of a backend for tables in host memory, or "auto"."""
     if name == _DEVICE:
         raise ValueError(f"backend {name!r} is that of tables on a device: give them TableConfig(placement='device')")
-    return get_backend(_DEVICE if placement == "device" else name)
+    if name not in ("auto", *_AUTO):
+        raise ValueError(f"unknown backend {name!r}: use 'auto' or one of {sorted(_AUTO)}")
 
 
 def functions_at(device: torch.device, backend: Backend) -> Backend:

@@ -19,19 +19,15 @@ from spawn import spawn
 from torch import Tensor
 
 HOST = torch.device("cpu")
-STEPS = 3
+STEPS = 2
 ADMISSION = {"min_count": 2, "forget_after": 3}
 TABLES: dict[str, dict[str, Any]] = {
     "item": {"embedding_dim": 4},
     "user": {"embedding_dim": 4, "unknown": "initial"},
     "tag": {"embedding_dim": 3},
-    "half": {"embedding_dim": 5, "row_dtype": "bfloat16"},
-    "halved": {"embedding_dim": 5, "row_dtype": "bfloat16", "unknown": "initial"},
+    "half": {"embedding_dim": 5, "row_dtype": "bfloat16", "unknown": "initial"},
     "rare": {"embedding_dim": 6, "admission": ADMISSION, "unknown": "shared"},
-    "waits": {"embedding_dim": 6, "admission": ADMISSION, "unknown": "initial"},
-    "recent": {"embedding_dim": 2, "max_rows": 6, "eviction": {"kind": "lru", "every": 2}},
-    "often": {"embedding_dim": 2, "max_rows": 6, "eviction": {"kind": "lfu", "every": 2, "half_life": 2}},
-    "old": {"embedding_dim": 2, "eviction": {"kind": "ttl", "every": 1, "steps": 2}},
+    "recent": {"embedding_dim": 2, "max_rows": 4, "eviction": {"kind": "lru", "every": 2}},
 }
 
 
@@ -54,8 +50,7 @@ def build(*on_device: str, lr: Any = 0.1, **options: Any) -> tuple[DynamicEmbedd
 def batch(seed: int, where: torch.device) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Any] = {n: torch.randint(-4, 9, (2, 5), generator=generator) for n in TABLES}
-    for name in ("recent", "often", "old"):  # drifting, and few: the rows of a step are not evicted
-        made[name] = (made[name] % 3 + 2 * (seed // 2)).abs()
+    made["recent"] = made["recent"] % 3 + 2 * (seed // 2)  # drifting, and few: the rows of a step are not evicted
     made = {name: ids.to(where) for name, ids in made.items()}
     bags = Jagged.from_lengths(torch.randint(9, (6,), generator=generator), torch.tensor([2, 0, 4]))
     made["basket"] = Jagged(
@@ -109,16 +104,17 @@ def test_tables_on_a_device_train_as_in_host_memory(
 def test_tables_of_both_placements_serve_one_model_wherever_its_ids_are(
     device: SimulatedDevice, expected: dict[str, dict[str, Tensor]], where: torch.device, merge: bool
 ) -> None:
-    collection, optimizer = build("item", "halved", "rare", "often", merge=merge)
+    collection, optimizer = build("item", "half", "rare", merge=merge)
     assert {table.placement for table in collection.physical} == {"host", "device"}
     train(collection, optimizer, where)
     assert_same(everything(collection), expected)
 
 
 def test_tables_of_two_placements_are_not_merged(device: SimulatedDevice) -> None:
-    collection, _ = build("item", "half")
+    collection, _ = build("item")
     groups = [[config.name for config in table.configs] for table in collection.physical]
-    assert ["item"] in groups and ["user"] in groups and ["half"] in groups and ["halved"] in groups
+    assert ["item"] in groups and ["user"] in groups
+    assert ["item", "user"] in [[config.name for config in table.configs] for table in build(*TABLES)[0].physical]
 
 
 def test_rates_differ_between_merged_tables_on_a_device(device: SimulatedDevice) -> None:
@@ -168,10 +164,10 @@ def test_statistics_erase_pins_and_log_are_those_of_host_memory(device: Simulate
     results = []
     for names in ([], TABLES):
         collection, optimizer = build(*names)
-        collection.pin("recent", torch.tensor([1, 2]))
+        collection.pin("recent", torch.tensor([0]))
         train(collection, optimizer, HOST, steps=4)
-        erased = tuple(collection.erase("often", torch.tensor([1, 2, 3, 999])))
-        collection.unpin("recent", torch.tensor([1]))
+        erased = tuple(collection.erase("item", torch.tensor([1, 2, 3, 999])))
+        collection.unpin("recent", torch.tensor([0]))
         log = collection.drain_evicted("recent")
         results.append((erased, log.ids.tolist(), log.steps.tolist(), collection.statistics()))
     assert results[0] == results[1] and results[0][1] != []
@@ -230,7 +226,7 @@ def test_law1_tables_of_both_placements_on_two_ranks_whatever_the_group_takes(
     expected: dict[str, dict[str, Tensor]], group_is_on_device: bool
 ) -> None:
     """Gloo takes tensors in host memory, NCCL those on a GPU; one rank brings its ids in host memory."""
-    on_device = ["item", "user", "half", "rare", "waits", "recent", "often", "old"]
+    on_device = ["item", "user", "half", "rare", "recent"]
     (first, statistics), (second, _) = spawn(2, placement_jobs.train, group_is_on_device, on_device)
     for table, columns in expected.items():
         ids = first[table]["ids"] + second[table]["ids"]

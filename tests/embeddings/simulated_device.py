@@ -1,4 +1,4 @@
-"""A device without a device: tensors that claim to be elsewhere ("meta"), hold real values, and refuse what a GPU would.
+"""A device for tests: tensors that claim to be elsewhere ("meta"), hold real values, and refuse what a GPU would.
 
 An operation that mixes them with tensors in host memory raises, as it would on a GPU. Operations for which the host
 would wait for a GPU are counted, and so are launches of kernels of Triton's interpreter.

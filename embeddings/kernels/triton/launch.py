@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 import triton
+from torch import Tensor
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton was imported
 # A program costs the same time whatever its size when it is interpreted: larger ones there.
@@ -18,6 +19,11 @@ def default_device() -> torch.device | None:
     if torch.cuda.is_available():  # HIP devices are called cuda by torch
         return torch.device("cuda", torch.cuda.current_device())
     return None
+
+
+def runs_on(tensor: Tensor) -> bool:
+    """Whether kernels can be launched on a tensor where it is."""
+    return tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu")
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
