@@ -13,7 +13,6 @@ import pytest
 import torch
 from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, Jagged, SparseAdam, TableConfig
 from grzoo.embeddings.io import load_tables, map_tables, save_tables
-from grzoo.embeddings.transfer import move
 from simulated_device import DEVICE, SimulatedDevice, simulated_device
 from spawn import spawn
 from torch import Tensor
@@ -274,9 +273,3 @@ def test_the_host_waits_for_three_numbers_whatever_the_tables_and_ids(device: Si
 def test_evaluation_waits_for_the_distinct_ids_alone(device: SimulatedDevice) -> None:
     assert step_costs(device, 1, 20, train=False)[0] == 1
     assert step_costs(device, 2, 20, train=False)[0] == step_costs(device, 5, 20, train=False)[0] == 2
-
-
-def test_one_wait_brings_several_tensors() -> None:
-    tensors = [torch.arange(3), torch.ones(2)]
-    assert all(a is b for a, b in zip(move(tensors, HOST), tensors, strict=True))
-    assert move([], HOST) == []
