@@ -177,26 +177,44 @@ def train(
     return total
 
 
-def run_rank(rank: int, world_size: int, folder: str, jobs: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Job:
+    """The ids of a log, dealt to ranks. Each process draws them for itself."""
+
+    log: Log
+    settings: Settings
+    world_size: int
+
+    def steps(self) -> list[GlobalStep]:
+        return global_steps(self.log, self.settings, self.world_size)
+
+    def run(self, rank: int, group: dist.ProcessGroup | None) -> dict[str, dict[str, int]]:
+        """Train as one rank; return what it counted for each kind of exchange."""
+        mine, tables, dim = [step[rank] for step in self.steps()], self.log.tables, self.settings.dim
+        return {exchange: train(mine, tables, dim, exchange, group) for exchange in EXCHANGES}
+
+
+def run_rank(rank: int, world_size: int, folder: str, jobs: Mapping[str, Job]) -> None:
     """A process of its own: run all jobs and write what they counted."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    steps = [step[rank] for step in jobs["steps"]]
-    found = {e: train(steps, jobs["tables"], jobs["dim"], e, dist.group.WORLD) for e in EXCHANGES}
+    found = {name: job.run(rank, dist.group.WORLD) for name, job in jobs.items()}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def run_ranks(steps: list[GlobalStep], tables: Sequence[str], dim: int, world_size: int) -> dict[str, dict[str, int]]:
-    """Train on gloo ranks; return for each kind of exchange what all of them counted."""
-    jobs = {"steps": steps, "tables": list(tables), "dim": dim}
+def run_ranks(jobs: Mapping[str, Job], world_size: int) -> dict[str, dict[str, dict[str, int]]]:
+    """Train on gloo ranks; return for each job and kind of exchange what all of them counted."""
     if world_size == 1:
-        found = [{e: train([step[0] for step in steps], tables, dim, e, None) for e in EXCHANGES}]
+        found = [{name: job.run(0, None) for name, job in jobs.items()}]
     else:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(run_rank, args=(world_size, folder, jobs), nprocs=world_size)
             found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
-    return {e: {name: sum(rank[e][name] for rank in found) for name in found[0][e]} for e in EXCHANGES}
+    return {
+        name: {e: {key: sum(rank[name][e][key] for rank in found) for key in found[0][name][e]} for e in EXCHANGES}
+        for name in jobs
+    }
 
 
 def check(computed: Mapping[str, float], counted: Mapping[str, int], header: int) -> None:
@@ -216,19 +234,24 @@ def header_bytes(world_size: int, tables: int, rounds: int) -> int:
 # ---- the run ----
 
 
-def measure(name: str, log: Log, world_size: int, settings: Settings, *, with_ranks: bool) -> list[dict[str, Any]]:
-    """Return a row for each way to exchange the ids of a log over so many ranks."""
-    steps = global_steps(log, settings, world_size)
-    counted = run_ranks(steps, log.tables, settings.dim, world_size) if with_ranks else {}
+def measure(logs: Mapping[str, Log], world_size: int, settings: Settings, *, with_ranks: bool) -> list[dict[str, Any]]:
+    """Return a row for each log and way to exchange its ids over so many ranks."""
+    jobs = {name: Job(log, settings, world_size) for name, log in logs.items()}
+    counted = run_ranks(jobs, world_size) if with_ranks else {}
+    return [row for name, job in jobs.items() for row in _rows(name, job, counted.get(name, {}))]
+
+
+def _rows(name: str, job: Job, counted: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    settings, world_size, tables, steps = job.settings, job.world_size, job.log.tables, job.steps()
     rows = []
     for exchange in EXCHANGES:
         for dedup in DEDUPS:
-            found = [traffic(step, log.tables, settings.dim, dedup, exchange) for step in steps]
+            found = [traffic(step, tables, settings.dim, dedup, exchange) for step in steps]
             total = {key: sum(f[key] for f in found) for key in found[0]}
             ran = dedup == "two" and exchange in counted
             if ran:
                 rounds = settings.steps * (1 if exchange == "step" else settings.micro_batches)
-                check(total, counted[exchange], header_bytes(world_size, len(log.tables), rounds))
+                check(total, counted[exchange], header_bytes(world_size, len(tables), rounds))
             mean = {key: value / settings.steps for key, value in total.items()}
             rows.append(
                 {"ids_of": name, "ranks": world_size, "dedup": dedup, "exchange": exchange}
@@ -273,10 +296,8 @@ def main() -> None:
     else:
         print("no --source and no GRZOO_DATA: Zipf ids alone", flush=True)
     rows: list[dict[str, Any]] = []
-    for name, log in logs.items():
-        for world_size in options.ranks:
-            with_ranks = not options.quick or world_size <= 2
-            rows += measure(name, log, world_size, settings, with_ranks=with_ranks)
+    for world_size in options.ranks:
+        rows += measure(logs, world_size, settings, with_ranks=not options.quick or world_size <= 2)
     write_rows(rows, options.output)
     print_headline(headline(rows))
 

@@ -52,7 +52,7 @@ def test_dedup_is_counted_as_it_is_by_hand() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_count_what_was_computed(ranks: int) -> None:
-    rows = measure("zipf", Zipf(1.2), ranks, SETTINGS, with_ranks=True)
+    rows = measure({"zipf": Zipf(1.2)}, ranks, SETTINGS, with_ranks=True)
     assert sum(row["ranks_ran"] for row in rows) == 2
     assert headline(rows)["zipf_rows_saved_by_dedup"] > 1
 
