@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,9 +157,9 @@ def run(size: Size, device: torch.device) -> list[dict[str, Any]]:
         for name, contestant in contestants.items():
             ids = batches[number % len(batches)]
             forward, backward = timed(
-                device, lambda c=contestant, i=ids: c.forward(i), lambda c=contestant: c.backward_update(grads)
+                device, partial(contestant.forward, ids), partial(contestant.backward_update, grads)
             )
-            (evaluation,) = timed(device, lambda c=contestant, i=ids: c.evaluate(i))
+            (evaluation,) = timed(device, partial(contestant.evaluate, ids))
             phases = {"forward": forward, "backward_update": backward, "train": forward + backward, "eval": evaluation}
             for phase, value in phases.items() if number > 1 else ():  # the first rounds compile
                 seconds.setdefault((name, phase), []).append(value)
