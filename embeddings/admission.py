@@ -66,7 +66,7 @@ def visit(table: "PhysicalTable", tables: Tensor, ids: Tensor, occurrences: Tens
     if not insert:
         return Visit(table, tables, ids, occurrences, handles, missing[:0], missing)
     needed = table.min_counts[tables[missing].long()]
-    if len(missing) == 0 or int(table.min_counts.max()) == 1:
+    if len(missing) == 0 or not table.has_admission:
         return Visit(table, tables, ids, occurrences, handles, missing, missing[:0])
     met = torch.zeros_like(missing) if occurrences is None else occurrences[missing].clone()
     if "candidates" in table.side:
@@ -83,7 +83,7 @@ def check_ceilings(collection: "DynamicEmbeddingCollection", visits: Sequence[Vi
     limited = [config for config in collection.tables.values() if config.has_hard_ceiling]
     numbers: list[int] = []  # of each limited table: rows, new rows
     for config in limited:
-        position, logical = collection.placement[config.name]
+        position, logical = collection.places[config.name]
         found = visits[position]
         assert found is not None and found.new is not None
         numbers += [found.table.num_rows(logical), int((found.tables[found.new] == logical).sum())]

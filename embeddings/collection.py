@@ -17,7 +17,7 @@ from .eviction import evict_due
 from .exchange import Exchange
 from .hashing import owner
 from .jagged import FeatureInput
-from .kernels import Slot
+from .kernels import Slot, check_backend
 from .keyed import mix64, string_key
 from .prepare import MicroBatches, prepare_step
 from .step import MicroBatchEmbeddings, Step
@@ -39,18 +39,18 @@ class DynamicEmbeddingCollection(nn.Module):
     """Embedding tables that grow: any int64 is a valid id, a row is born when training first sees its id.
 
     A module without parameters and buffers: `train()`/`eval()` reach it, while `state_dict()`, `.to()`, dtype casts,
-    DDP and ZeRO do not. Rows are in host memory; tables of one width and precision are merged into one physical one.
+    DDP and ZeRO do not. Tables of one width, precision and placement are merged into one physical one.
     With a process group each rank owns the ids that hash to it, and lookups are collective.
 
     Args:
         tables: the logical tables (TableConfig or its dict), with distinct names.
         features: the features and the tables they use (FeatureConfig or its dict); tables may be shared.
         seed: of the initial values.
-        backend: "auto" (host memory), "naive", "host" or "triton" (rows in GPU memory); see grzoo.embeddings.kernels.
+        backend: of tables in host memory: "auto", "host" (C++) or "naive". Those on a device have one of their own.
         process_group: the data-parallel group; None: this process alone.
-        merge: merge tables of equal width. Results do not depend on it.
+        merge: merge tables of equal layout and placement. Results do not depend on it.
 
-    Raises ValueError for names that clash or do not exist.
+    Raises ValueError for names that clash or do not exist, and for an unknown backend.
 
     Example:
         tables = DynamicEmbeddingCollection(
@@ -73,6 +73,7 @@ class DynamicEmbeddingCollection(nn.Module):
         merge: bool = True,
     ) -> None:
         super().__init__()
+        check_backend(backend)
         table_configs = [t if isinstance(t, TableConfig) else TableConfig.from_dict(t) for t in tables]
         feature_configs = [f if isinstance(f, FeatureConfig) else FeatureConfig.from_dict(f) for f in features]
         self.tables: dict[str, TableConfig] = _by_name("table", table_configs)
@@ -88,7 +89,7 @@ class DynamicEmbeddingCollection(nn.Module):
         self._arguments: dict[str, Any] = {"seed": seed, "backend": backend, "merge": merge}
         groups = _group(table_configs, merge)
         self.physical: list[PhysicalTable] = [PhysicalTable(group, seed=seed, backend=backend) for group in groups]
-        self.placement: dict[str, tuple[int, int]] = {  # table -> (physical table, position in it)
+        self.places: dict[str, tuple[int, int]] = {  # table -> (physical table, position in it)
             config.name: (p, position) for p, group in enumerate(groups) for position, config in enumerate(group)
         }
         self.exchange = Exchange(process_group)
@@ -316,6 +317,7 @@ class DynamicEmbeddingCollection(nn.Module):
     def start_tallies(self) -> None:
         """Count anew from the rows that there are."""
         self._tallies = {name: Tally(rows_before=self.num_rows(name)) for name in self.tables}
+        self.unsettled: dict[tuple[int, str], Tensor] = {}  # (physical table, field) -> counts, still on a device
 
     def replace_physical(self, tables: list[PhysicalTable]) -> None:
         """Take over other rows, as a loader does; those that were here are freed, with gradients that wait for them."""
@@ -333,12 +335,12 @@ class DynamicEmbeddingCollection(nn.Module):
 
     def check_table(self, table: str) -> None:
         """Raise ValueError unless there is a table of this name."""
-        if table not in self.placement:
+        if table not in self.places:
             raise ValueError(f"no table {table!r}: the tables are {self.table_names}")
 
     def _place(self, table: str) -> tuple[PhysicalTable, int]:
         self.check_table(table)
-        physical, position = self.placement[table]
+        physical, position = self.places[table]
         return self.physical[physical], position
 
     def _sorted_keys(self, table: str) -> tuple[Tensor, Tensor]:
@@ -424,9 +426,9 @@ def _group(configs: Sequence[TableConfig], merge: bool) -> list[list[TableConfig
     """Tables that share a physical one: those whose rows have one layout, in the order given."""
     if not merge:
         return [[config] for config in configs]
-    groups: dict[tuple[int, str | None, bool, bool], list[TableConfig]] = {}
+    groups: dict[tuple[int, str | None, str, bool, bool], list[TableConfig]] = {}
     for config in configs:
         # By has_policy too: tables without policies pay for none.
-        layout = config.embedding_dim, config.rounding, config.tracks_use, config.has_policy
+        layout = config.embedding_dim, config.rounding, config.placement, config.tracks_use, config.has_policy
         groups.setdefault(layout, []).append(config)
     return list(groups.values())

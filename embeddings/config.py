@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
+from .kernels import PLACEMENTS
 from .kernels.base import ROUNDINGS
 from .policies import check_initializer
 from .policy_config import check_admission, check_eviction, check_positive
@@ -71,6 +72,8 @@ class TableConfig(_JsonConfig):
         max_rows: the most rows on all ranks. With eviction it holds after each eviction; without, training that would
             exceed it raises.
         track_use: keep the last use and the count of each row although no policy needs them.
+        placement: where index, rows and state are: "host" memory, or "device", the memory of the current CUDA or HIP
+            device; whatever the model runs on. Files do not depend on it.
 
     Policies are described in README.md. Raises ValueError for values out of range; warns of what has no effect.
     """
@@ -86,6 +89,7 @@ class TableConfig(_JsonConfig):
     eviction: dict[str, Any] | None = None
     max_rows: int | None = None
     track_use: bool = False
+    placement: str = "host"
 
     def __post_init__(self) -> None:
         _check_name("table name", self.name)
@@ -99,6 +103,8 @@ class TableConfig(_JsonConfig):
             object.__setattr__(self, "init_key", self.name)
         elif not isinstance(self.init_key, str):
             raise ValueError(f"init_key of table {self.name!r} must be a string, got {self.init_key!r}")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement of table {self.name!r} must be one of {PLACEMENTS}, got {self.placement!r}")
         self._check_precision()
         self._check_policies()
 

@@ -19,8 +19,8 @@ def select_smallest(scores: Tensor, ids: Tensor, k: int, exchange: Exchange, *, 
         ids: int64 [n]; pairs are distinct over all ranks.
         k: at most the number of pairs on all ranks.
     """
-    selected = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
-    undecided = torch.arange(len(ids), device="cpu")
+    selected = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    undecided = torch.arange(len(ids), device=ids.device)
     unsigned_order = ids ^ torch.iinfo(torch.int64).min  # its digits sort as the signed ids do
     digits = [(scores, shift) for shift in range(score_bits - _DIGIT, -1, -_DIGIT)]
     digits += [(unsigned_order, shift) for shift in range(64 - _DIGIT, -1, -_DIGIT)]
@@ -28,7 +28,7 @@ def select_smallest(scores: Tensor, ids: Tensor, k: int, exchange: Exchange, *, 
         if k == 0:
             return selected
         digit = (values[undecided] >> shift) & (2**_DIGIT - 1)
-        histogram = exchange.sum_tensor(torch.bincount(digit, minlength=2**_DIGIT))
+        histogram = exchange.sum_tensor(torch.bincount(digit, minlength=2**_DIGIT).cpu())
         up_to = torch.cumsum(histogram, 0)
         cut = int(torch.searchsorted(up_to, k))
         assert cut < len(up_to), "k is more than there are pairs"

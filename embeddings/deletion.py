@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .hashing import owner
 from .step import DELETED, NO_ROW
+from .transfer import HOST
 from .use import LAST_USE, as_slot, read_slot
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def at_owners(collection: "DynamicEmbeddingCollection", table: str, ids: object)
     Raises ValueError, on every rank, for an unknown table or ids that are not int64.
     """
     exchange, problem = collection.exchange, None
-    mine = torch.empty(0, dtype=torch.int64, device="cpu")
+    mine = torch.empty(0, dtype=torch.int64, device=HOST)
     try:
         collection.check_table(table)
         mine = _distinct(ids)
@@ -50,8 +51,9 @@ def at_owners(collection: "DynamicEmbeddingCollection", table: str, ids: object)
     sent = torch.bincount(where, minlength=exchange.world_size)[:, None]
     received = exchange.swap_counts(sent)
     (arrived,) = exchange.swap([mine[torch.argsort(where, stable=True)]], sent, received)
-    position, logical = collection.placement[table]
-    return collection.physical[position], logical, torch.unique(arrived)
+    position, logical = collection.places[table]
+    physical = collection.physical[position]
+    return physical, logical, torch.unique(arrived).to(physical.device)
 
 
 def _distinct(ids: object) -> Tensor:
@@ -114,6 +116,7 @@ def _detach(step: "Step", table: "PhysicalTable", handles: Tensor) -> None:
             gone = torch.isin(share.handles, handles)
             if gone.any():
                 share.handles = share.handles.masked_fill(gone, NO_ROW if share.leaf is None else DELETED)
+                share.complete = False
 
 
 def _drop_oldest_half(log: "PhysicalTable") -> None:
@@ -126,10 +129,10 @@ def _drop_oldest_half(log: "PhysicalTable") -> None:
 
 def drain_evicted(collection: "DynamicEmbeddingCollection", table: str) -> EvictedIds:
     """See `DynamicEmbeddingCollection.drain_evicted`."""
-    position, logical = collection.placement[table]
+    position, logical = collection.places[table]
     log = collection.physical[position].side.get("evicted")
     if log is None:
-        empty = torch.empty(0, dtype=torch.int64, device="cpu")
+        empty = torch.empty(0, dtype=torch.int64, device=HOST)
         return EvictedIds(empty, empty, 0)
     ids, handles = log.sorted_keys(logical)
     steps = read_slot(log.storage, LAST_USE, handles).long()
@@ -139,10 +142,10 @@ def drain_evicted(collection: "DynamicEmbeddingCollection", table: str) -> Evict
 
 
 def _same_table(logical: int, ids: Tensor) -> Tensor:
-    return torch.full(ids.shape, logical, dtype=torch.int32, device="cpu")
+    return torch.full(ids.shape, logical, dtype=torch.int32, device=ids.device)
 
 
 def in_flight(steps: Sequence["Step"], table: "PhysicalTable") -> Tensor:
     """Return the handles int64 [n] of rows that steps have prepared and not yet applied."""
     handles = [share.handles for step in steps for share in step.shares if share.table is table]
-    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *handles])
+    return torch.cat([torch.empty(0, dtype=torch.int64, device=table.device), *handles])

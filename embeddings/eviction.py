@@ -83,7 +83,7 @@ def _scan(
     if not positions:
         return []
     clock, storage = collection.clock, table.storage
-    tables, ids, handles = (keys.cpu() for keys in storage.keys())
+    tables, ids, handles = storage.keys()
     last_use = read_slot(storage, LAST_USE, handles).long()
     free = last_use < clock
     waiting = in_flight(collection.steps_in_flight(), table)
@@ -116,5 +116,5 @@ def _scores(table: "PhysicalTable", config: "TableConfig", handles: Tensor, last
     if config.eviction["kind"] != "lfu":
         return last_use
     counts = read_slot(table.storage, COUNT, handles).long()
-    half_life = torch.tensor(config.eviction["half_life"], dtype=torch.int64, device="cpu")
+    half_life = torch.tensor(config.eviction["half_life"], dtype=torch.int64, device=handles.device)
     return (decayed(counts, last_use, clock, half_life) << 32) | last_use

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .transfer import HOST, move
+
 _HEADER = 64  # int64 words of a small gather that need one collective only
 _MESSAGE = 2048  # bytes of an error message that travel
 
@@ -107,43 +109,51 @@ class Exchange:
         return values if self.world_size == 1 else functools.reduce(torch.add, self._all_gather(values))
 
     def all_to_all(self, buffer: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send slices of `buffer` [sum(sent)] to the ranks; return theirs [sum(received)] in rank order, on the CPU.
+        """Send slices of `buffer` [sum(sent)] to the ranks; return theirs [sum(received)] in rank order, where it is.
 
         `sent` and `received` are numbers of elements per rank.
         """
         if self.world_size == 1:
             return buffer
         self.bytes_sent += (sum(sent) - sent[self.rank]) * buffer.element_size()
-        buffer = buffer.to(self.device).contiguous()
+        (outgoing,) = move([buffer], self.device)
         result = torch.empty(sum(received), dtype=buffer.dtype, device=self.device)
-        dist.all_to_all_single(result, buffer, list(received), list(sent), group=self.group)
-        return result.cpu()
+        dist.all_to_all_single(result, outgoing.contiguous(), list(received), list(sent), group=self.group)
+        return move([result], buffer.device)[0]
 
     def swap_counts(self, counts: Tensor) -> Tensor:
         """Send row r of `counts` int64 [world, k] to rank r; row r of the result is what rank r sent here."""
         k = [counts.shape[1]] * self.world_size
         return self.all_to_all(counts.flatten(), k, k).view_as(counts)
 
-    def swap(self, parts: Sequence[Tensor], sent: Tensor, received: Tensor) -> list[Tensor]:
+    def swap(
+        self,
+        parts: Sequence[Tensor],
+        sent: Tensor,
+        received: Tensor,
+        devices: torch.device | Sequence[torch.device] = HOST,
+    ) -> list[Tensor]:
         """Exchange several tensors in one all-to-all.
 
         Args:
-            parts: tensors of one dtype; part p is [sum of sent[:, p], *shape_p], its rows ordered by destination.
+            parts: tensors of one dtype, anywhere; part p is [sum of sent[:, p], *shape_p], its rows ordered by
+                destination.
             sent: int64 [world, len(parts)], rows of each part to each rank.
             received: int64 [world, len(parts)], rows of each part from each rank.
+            devices: where the results go, each or all.
 
         Returns:
             For each part [sum of received[:, p], *shape_p], its rows ordered by source.
         """
         if self.world_size == 1 or not parts:
-            return list(parts)
+            return move(parts, devices)
         widths = torch.tensor([part[0:1].numel() if len(part) else _row_numel(part) for part in parts])
-        flat = [part.reshape(-1) for part in parts]
+        flat = move([part.reshape(-1) for part in parts], self.device)
         buffer = _to_rank_major(flat, sent * widths)
         received_elements = received * widths
         out = self.all_to_all(buffer, (sent * widths).sum(1).tolist(), received_elements.sum(1).tolist())
         split = _to_part_major(out, received_elements)
-        return [s.view(-1, *part.shape[1:]) for s, part in zip(split, parts, strict=True)]
+        return move([s.view(-1, *part.shape[1:]) for s, part in zip(split, parts, strict=True)], devices)
 
 
 def _row_numel(part: Tensor) -> int:

@@ -39,9 +39,15 @@ class Bags(NamedTuple):
     """How the rows of a feature become one per bag."""
 
     offsets: Tensor  # int64 [bags + 1]
+    total: int  # n, ids in all bags
     weights: Tensor | None  # float32 [n]
     mean: bool
     shape: tuple[int, ...]  # of the bags
+
+    def to(self, device: torch.device) -> "Bags":
+        """Return the bags on a device; gradients of weights go back to where those were given."""
+        weights = None if self.weights is None else self.weights.to(device)
+        return self._replace(offsets=self.offsets.to(device), weights=weights)
 
     @property
     def lengths(self) -> Tensor:
@@ -52,7 +58,7 @@ class Bags(NamedTuple):
     def numbers(self) -> Tensor:
         """The bag of each id, int64 [n]."""
         bags = torch.arange(len(self.offsets) - 1, dtype=torch.int64, device=self.offsets.device)
-        return bags.repeat_interleave(self.lengths)
+        return bags.repeat_interleave(self.lengths, output_size=self.total)
 
 
 def ids_of(given: FeatureInput) -> Tensor:
@@ -67,10 +73,11 @@ def bags_of(feature: FeatureConfig, given: FeatureInput) -> Bags | None:
     mean = feature.pooling == "mean"
     if isinstance(given, Jagged):
         weights = None if given.weights is None else given.weights.contiguous()
-        return Bags(given.offsets.long().contiguous(), weights, mean, (len(given.offsets) - 1,))
+        offsets = given.offsets.long().contiguous()
+        return Bags(offsets, len(given.values), weights, mean, (len(offsets) - 1,))
     shape, length = given.shape[:-1], given.shape[-1]
     offsets = torch.arange(shape.numel() + 1, dtype=torch.int64, device=given.device) * length
-    return Bags(offsets, None, mean, tuple(shape))
+    return Bags(offsets, given.numel(), None, mean, tuple(shape))
 
 
 def check_input(feature: FeatureConfig, given: object) -> torch.device:

@@ -91,7 +91,7 @@ def load_tables(
             with _naming_damage(fingerprints is not None), TensorFile(Path(folder) / name) as file:
                 targets = [
                     _table_target(file, theirs, fresh[position], logical, with_state, clock)
-                    for theirs, (position, logical) in ((names[ours], collection.placement[ours]) for ours in names)
+                    for theirs, (position, logical) in ((names[ours], collection.places[ours]) for ours in names)
                 ]
                 targets += [_Target(side, *place, dict(SIDE_COLUMNS)) for side, place in sides.items()]
                 _load_shard(targets, file, shard, span, expected)
@@ -103,7 +103,7 @@ def load_tables(
         problem = error if isinstance(error, ValueError) else ValueError(f"cannot load tables from {folder}: {error!r}")
     exchange.agree(problem)
     for name, expected in num_rows.items():
-        position, logical = collection.placement[name]
+        position, logical = collection.places[name]
         if (found := exchange.sum_int(fresh[position].num_rows(logical))) != expected:
             raise ValueError(f"table {name!r} in {folder} should have {expected} rows, its shards hold {found}")
     for name, (table, logical) in sides.items():
@@ -228,7 +228,7 @@ def _reserve(
     """Make room for this rank's share of the rows before the first one is read."""
     needed = [0] * len(fresh)
     for name, count in rows.items():
-        needed[collection.placement[name][0]] += count * buckets // NUM_BUCKETS
+        needed[collection.places[name][0]] += count * buckets // NUM_BUCKETS
     for table, count in zip(fresh, needed, strict=True):
         table.reserve(count)
 

@@ -23,8 +23,7 @@ class TakeRows(torch.autograd.Function):
     def forward(ctx: Any, leaf: Tensor, index: Tensor, backend: Backend, on_backward: OnBackward) -> Tensor:
         ctx.leaf, ctx.backend, ctx.on_backward = leaf, backend, on_backward
         ctx.save_for_backward(index)
-        flat = index.reshape(-1)
-        rows = backend.take_rows(leaf, flat) if leaf.device.type == "cpu" else leaf.index_select(0, flat)
+        rows = backend.take_rows(leaf, index.reshape(-1))
         return rows.view(*index.shape, leaf.shape[1])
 
     @staticmethod
@@ -33,12 +32,7 @@ class TakeRows(torch.autograd.Function):
         ctx.on_backward()
         (index,) = ctx.saved_tensors
         leaf, flat, rows = ctx.leaf, index.reshape(-1), grad.reshape(-1, ctx.leaf.shape[1])
-        if leaf.grad is None and leaf.device.type == "cpu":
-            leaf.grad = ctx.backend.segment_sum(rows.contiguous(), flat.contiguous(), len(leaf))
-            return None, None, None, None
-        if leaf.grad is None:
-            leaf.grad = torch.zeros_like(leaf, requires_grad=False)
-        add_rows(leaf.grad, flat, rows, ctx.backend)
+        leaf.grad = ctx.backend.segment_sum(rows.contiguous(), flat.contiguous(), len(leaf), out=leaf.grad)
         return None, None, None, None
 
 
@@ -54,11 +48,3 @@ class TapLeaf(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.on_backward()
         return grad, None
-
-
-def add_rows(out: Tensor, index: Tensor, values: Tensor, backend: Backend) -> None:
-    """out[index[i]] += values[i], deterministic. out float32 [U, dim], index int64 [n], values float32 [n, dim]."""
-    if out.device.type == "cpu":
-        backend.segment_sum(values.contiguous(), index.contiguous(), len(out), out=out)
-    else:
-        out.index_put_((index,), values, accumulate=True)  # sorts: deterministic on CUDA

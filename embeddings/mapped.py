@@ -42,7 +42,7 @@ def map_tables(collection: "DynamicEmbeddingCollection", folder: str | os.PathLi
     for position, table in enumerate(fresh):
         storage = MappedStorage(table.dim, str(folder))
         for logical, config in enumerate(table.configs):
-            assert collection.placement[config.name] == (position, logical)
+            assert collection.places[config.name] == (position, logical)
             for shard in metadata["shards"]:
                 storage.add(_map_shard(Path(folder) / shard["file"], config.name, logical, shard, table.dim))
         table.use_storage(storage)

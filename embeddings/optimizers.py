@@ -191,7 +191,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 def _of_tables(rows: RowGradients, positions: list[int], *, all_tables: bool) -> RowGradients:
     if all_tables:
         return rows
-    mine = torch.isin(rows.tables, torch.tensor(positions, dtype=torch.int32, device="cpu"))
+    mine = torch.isin(rows.tables, torch.tensor(positions, dtype=torch.int32, device=rows.tables.device))
     keys = None if rows.keys is None else rows.keys[mine]
     return RowGradients(rows.tables[mine], rows.handles[mine], rows.grads[mine], keys)
 

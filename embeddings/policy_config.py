@@ -17,11 +17,11 @@ _EVICTION: dict[str, dict[str, Any]] = {  # kind -> optional fields with their d
 _REQUIRED = {"lru": (), "lfu": (), "ttl": ("steps",)}
 
 
-FIELDS = ("admission", "eviction", "max_rows", "track_use")  # of a TableConfig
+FIELDS = ("admission", "eviction", "max_rows", "track_use", "placement")  # of a TableConfig
 
 
 def policies_by_table(policies: object, tables: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return for each table the policy fields of its TableConfig, from {table: {field: value}} or None.
+    """Return for each table the policy fields and placement of its TableConfig, from {table: {field: value}} or None.
 
     Raises ValueError for a table that is not one of `tables`, and for a field that is no policy.
     """

@@ -25,7 +25,7 @@ def filled_sides(collection: "DynamicEmbeddingCollection") -> list[tuple[str, st
     pairs = [(name, side) for name in collection.table_names for side in SIDE_TABLES]
     counts = []
     for name, side in pairs:
-        position, logical = collection.placement[name]
+        position, logical = collection.places[name]
         table = collection.physical[position].side.get(side)
         counts.append(0 if table is None else table.num_rows(logical))
     totals = _sum(collection, counts)
@@ -35,10 +35,10 @@ def filled_sides(collection: "DynamicEmbeddingCollection") -> list[tuple[str, st
 def policy_state(collection: "DynamicEmbeddingCollection", side_rows: Mapping[str, int]) -> dict[str, Any]:
     """Return the clock, the entries of side tables and how many the logs have lost, as JSON values. Collective."""
     dropped = []
-    for position, logical in collection.placement.values():
+    for position, logical in collection.places.values():
         log = collection.physical[position].side.get("evicted")
         dropped.append(0 if log is None else log.dropped[logical])
-    lost = dict(zip(collection.placement, _sum(collection, dropped), strict=True))
+    lost = dict(zip(collection.places, _sum(collection, dropped), strict=True))
     return {"clock": collection.clock, "side_rows": dict(side_rows), "dropped": {t: n for t, n in lost.items() if n}}
 
 
@@ -55,7 +55,7 @@ def wanted_sides(
     """
     found = {}
     for name, config in collection.tables.items():
-        position, logical = collection.placement[name]
+        position, logical = collection.places[name]
         for side in SIDE_TABLES:
             wanted = side != "candidates" or config.min_count > 1
             if wanted and side_name(name, side) in state["side_rows"]:
@@ -69,5 +69,5 @@ def restore_policy_state(
     """Set the clock, and what the logs have lost, on the first rank."""
     collection.clock = int(state["clock"])
     for name, lost in state["dropped"].items() if collection.exchange.rank == 0 else ():
-        position, logical = collection.placement[name]
+        position, logical = collection.places[name]
         fresh[position].side_table("evicted").dropped[logical] = int(lost)

@@ -14,6 +14,7 @@ from .kernels import Unique
 from .step import Step, TableShare
 from .table import PhysicalTable
 from .table_statistics import note_lookup
+from .transfer import HOST, move
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -23,7 +24,10 @@ MicroBatches = Sequence[Mapping[str, FeatureInput]]
 
 @dataclass
 class _Request:
-    """The distinct pairs that this rank needs of one physical table, ordered by (owner, logical table)."""
+    """The distinct pairs that this rank needs of one physical table, ordered by (owner, logical table), on its device.
+
+    The counts are wanted in host memory: `prepare_step` brings those of all tables there at once.
+    """
 
     ids: Tensor  # int64 [U]
     counts: Tensor  # int64 [world, logical tables]
@@ -40,6 +44,7 @@ class _Owned:
     inverse: Tensor | None  # int64 [R]: received id -> pair; None when R = O, in the same order
     handles: Tensor  # int64 [O]; -1: no row
     inserted: int = 0
+    complete: bool = False  # every pair has a row
     visit: Visit | None = None  # in a table with policies: what is left to do
 
 
@@ -55,10 +60,13 @@ def prepare_step(
     problem: Exception | None = None
     requests: list[_Request] = []
     bags: dict[tuple[int, str], Bags] = {}
+    device = HOST
     try:
-        check_ids(collection, micro_batches)
+        device = check_ids(collection, micro_batches)
         bags = _bags(collection, micro_batches)
         requests = [_request(collection, table, micro_batches, count=count) for table in collection.physical]
+        for request, counts in zip(requests, move([request.counts for request in requests], HOST), strict=True):
+            request.counts = counts
     except Exception as error:
         problem = error
     received_counts = _swap_counts(collection, requests, problem, flags=2 * insert + 4 * count)
@@ -82,14 +90,18 @@ def prepare_step(
             if owned.visit is not None:
                 owned.inserted = owned.visit.commit(collection.clock + 1)
                 owned.handles = owned.visit.handles
+                owned.complete = insert and len(owned.visit.waiting) == 0
     except Exception as error:
         problem = error
     exchange.agree(problem)
 
     shares = [
-        TableShare(table, request.index, len(request.ids), owned.inverse, owned.tables, owned.ids, owned.handles)
+        TableShare(
+            table, request.index, len(request.ids), owned.inverse, owned.tables, owned.ids, owned.handles,
+            owned.complete,
+        )
         for table, request, owned in zip(collection.physical, requests, found, strict=True)
-    ]
+    ]  # fmt: skip
     statistics = {
         "ids": sum(index.numel() for request in requests for index in request.index.values()),
         "unique_sent": sum(len(request.ids) for request in requests),
@@ -98,7 +110,6 @@ def prepare_step(
         "inserted": sum(owned.inserted for owned in found),
         "bytes_sent": exchange.bytes_sent - before,
     }
-    device = next((ids_of(t).device for batch in micro_batches for t in batch.values()), torch.device("cpu"))
     note_lookup(collection, shares, [r.counts for r in requests], per_table, insert=insert)
     serial = collection.next_serial()
     step = Step(collection, shares, sent, received, len(micro_batches), serial, device, bags, statistics, insert)
@@ -113,18 +124,23 @@ def _swap_ids(
     counted = [p for p, request in enumerate(requests) if request.occurrences is not None]
     parts = [request.ids for request in requests]
     occurrences: list[Tensor | None] = [None] * len(requests)
+    devices = [table.device for table in collection.physical]
     if not counted:
-        return collection.exchange.swap(parts, sent, received), occurrences
+        return collection.exchange.swap(parts, sent, received, devices), occurrences
     parts += [o for o in (request.occurrences for request in requests) if o is not None]
     columns = [*range(len(requests)), *counted]
-    arrived = collection.exchange.swap(parts, sent[:, columns], received[:, columns])
+    devices += [devices[p] for p in counted]
+    arrived = collection.exchange.swap(parts, sent[:, columns], received[:, columns], devices)
     for p, values in zip(counted, arrived[len(requests) :], strict=True):
         occurrences[p] = values
     return arrived[: len(requests)], occurrences
 
 
-def check_ids(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches) -> None:
-    """Raise ValueError for a micro-batch that is not {known feature: int64 tensor or Jagged}, all on one device."""
+def check_ids(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches) -> torch.device:
+    """Return where the ids are (the host, when there are none).
+
+    Raises ValueError for a micro-batch that is not {known feature: int64 tensor or Jagged}, all on one device.
+    """
     if isinstance(micro_batches, Mapping) or not isinstance(micro_batches, Sequence):
         raise ValueError("micro_batches must be a list of mappings feature -> ids; for one micro-batch pass [batch]")
     devices = set()
@@ -137,6 +153,7 @@ def check_ids(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatc
             devices.add(check_input(collection.features[name], ids))
     if len(devices) > 1:
         raise ValueError(f"ids of one step must be on one device, got {sorted(map(str, devices))}")
+    return next(iter(devices), HOST)
 
 
 def _bags(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches) -> dict[tuple[int, str], Bags]:
@@ -152,27 +169,35 @@ def _request(
     collection: "DynamicEmbeddingCollection", table: PhysicalTable, micro_batches: MicroBatches, *, count: bool
 ) -> _Request:
     uses = [  # (micro-batch, feature, logical table, ids)
-        ((k, name), collection.placement[collection.features[name].table][1], ids_of(given))
+        ((k, name), collection.places[collection.features[name].table][1], ids_of(given))
         for k, batch in enumerate(micro_batches)
         for name, given in batch.items()
-        if collection.physical[collection.placement[collection.features[name].table][0]] is table
+        if collection.physical[collection.places[collection.features[name].table][0]] is table
     ]
-    flat = [ids.detach().reshape(-1).cpu() for _, _, ids in uses]
-    none = torch.empty(0, dtype=torch.int64, device="cpu")
+    device = table.device
+    flat = move([ids.detach().reshape(-1) for _, _, ids in uses], device)
+    none = torch.empty(0, dtype=torch.int64, device=device)
     ids = flat[0].contiguous() if len(flat) == 1 else torch.cat([none, *flat])
     tables = None
     if len(table.configs) > 1:
-        lengths = torch.tensor([len(f) for f in flat], dtype=torch.int64, device="cpu")
-        logical = torch.tensor([logical for _, logical, _ in uses], dtype=torch.int32, device="cpu")
-        tables = logical.repeat_interleave(lengths)
+        logical = torch.tensor([logical for _, logical, _ in uses], dtype=torch.int32, device=HOST)
+        lengths = torch.tensor([len(f) for f in flat], dtype=torch.int64, device=HOST)
+        tables = _repeat(logical, lengths, device)
     unique = table.backend.unique(ids, tables)
     request_ids, counts, inverse, order = _by_owner(unique, collection.exchange.world_size, len(table.configs))
     occurrences = None
     if count and table.has_policy:
         occurrences = unique.counts if order is None else unique.counts[order]
     pieces = inverse.split([len(f) for f in flat])
-    index = {use: i.view(ids.shape).to(ids.device) for (use, _, ids), i in zip(uses, pieces, strict=True)}
+    pieces = move(pieces, [ids.device for _, _, ids in uses])
+    index = {use: i.view(ids.shape) for (use, _, ids), i in zip(uses, pieces, strict=True)}
     return _Request(request_ids, counts, occurrences, index)
+
+
+def _repeat(values: Tensor, times: Tensor, device: torch.device) -> Tensor:
+    """Return values [k] each repeated times int64 [k], both in host memory, on a device that nobody waits for."""
+    on_device, repeats = move([values, times], device)
+    return on_device.repeat_interleave(repeats, output_size=int(times.sum()))
 
 
 def _by_owner(unique: Unique, world_size: int, num_tables: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -183,14 +208,15 @@ def _by_owner(unique: Unique, world_size: int, num_tables: int) -> tuple[Tensor,
     In this order the rows that come back are the leaf as they are, and counts say the table of each id.
     """
     if world_size == 1 and unique.tables is None:
-        return unique.ids, torch.tensor([[len(unique.ids)]], dtype=torch.int64, device="cpu"), unique.inverse, None
+        return unique.ids, torch.tensor([[len(unique.ids)]], dtype=torch.int64, device=HOST), unique.inverse, None
     key = owner(unique.ids, world_size) * num_tables
     if unique.tables is not None:
         key += unique.tables
     order = torch.argsort(key, stable=True)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), dtype=torch.int64, device="cpu")
-    counts = torch.bincount(key, minlength=world_size * num_tables).view(world_size, num_tables)
+    place[order] = torch.arange(len(order), dtype=torch.int64, device=order.device)
+    edges = torch.arange(world_size * num_tables + 1, dtype=torch.int64, device=order.device)
+    counts = torch.searchsorted(key[order], edges).diff().view(world_size, num_tables)  # bincount waits for a device
     return unique.ids[order], counts, place[unique.inverse], order
 
 
@@ -206,7 +232,7 @@ def _swap_counts(
         exchange.agree(problem)
         return torch.cat([request.counts for request in requests], dim=1)
     num_tables = sum(len(table.configs) for table in collection.physical)
-    payload = torch.zeros(exchange.world_size, 1 + num_tables, dtype=torch.int64, device="cpu")
+    payload = torch.zeros(exchange.world_size, 1 + num_tables, dtype=torch.int64, device=HOST)
     payload[:, 0] = flags + (problem is not None)
     if problem is None:
         payload[:, 1:] = torch.cat([request.counts for request in requests], dim=1)
@@ -227,18 +253,19 @@ def _find(
 
     In a table with policies nothing is changed yet: see `Visit`.
     """
-    tables, inverse = torch.zeros(len(ids), dtype=torch.int32, device="cpu"), None
+    device = table.device
+    tables, inverse = torch.zeros(len(ids), dtype=torch.int32, device=device), None
     if counts.shape[1] > 1:
-        logical = torch.arange(counts.shape[1], dtype=torch.int32, device="cpu")
-        tables = logical.repeat(len(counts)).repeat_interleave(counts.reshape(-1))
+        logical = torch.arange(counts.shape[1], dtype=torch.int32, device=HOST)
+        tables = _repeat(logical.repeat(len(counts)), counts.reshape(-1), device)
     if not distinct:
         unique = table.backend.unique(ids, tables if len(table.configs) > 1 else None)
         ids, inverse = unique.ids, unique.inverse
-        tables = torch.zeros(len(ids), dtype=torch.int32, device="cpu") if unique.tables is None else unique.tables
+        tables = torch.zeros(len(ids), dtype=torch.int32, device=device) if unique.tables is None else unique.tables
         if occurrences is not None:
             occurrences = torch.zeros_like(ids).index_add_(0, inverse, occurrences)
     if table.has_policy and (insert or count):
         found = visit(table, tables, ids, occurrences, insert=insert)
         return _Owned(tables, ids, inverse, found.handles, visit=found)
     handles, inserted = table.lookup(tables, ids, insert=insert)
-    return _Owned(tables, ids, inverse, handles, inserted)
+    return _Owned(tables, ids, inverse, handles, inserted, complete=insert)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .kernels import functions_at
 from .step import NO_ROW, Step, TableShare
 from .table import PhysicalTable
+from .transfer import HOST, move
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RowGradients:
-    """Gradients of the touched rows of one physical table on their owner."""
+    """Gradients of the touched rows of one physical table on their owner, on the device of the table."""
 
     tables: Tensor  # int32 [n]: logical table inside the physical one
     handles: Tensor  # int64 [n], distinct
@@ -67,12 +69,13 @@ def reduce_gradients(
     parts = [_leaf_gradient(share) for step in active for share in step.shares]
     sent = torch.cat([step.sent for step in active], dim=1)
     received = torch.cat([step.received for step in active], dim=1)
-    incoming = iter(exchange.swap(parts, sent, received))
+    devices = [share.table.device for step in active for share in step.shares]
+    incoming = iter(exchange.swap(parts, sent, received, devices))
     summed: list[list[RowGradients]] = [[] for _ in collection.physical]
     unknown: dict[int, list[Tensor]] = {p: [] for p, table in enumerate(collection.physical) if table.shared}
     for step in active:
         for p, share in enumerate(step.shares):
-            reached = torch.tensor([config.name in touched[step.serial] for config in share.table.configs])
+            reached = [config.name in touched[step.serial] for config in share.table.configs]
             grads = _sum_by_owned(share, next(incoming))
             if p in unknown:
                 unknown[p].append(_sum_unknown(share, grads, reached))
@@ -80,7 +83,7 @@ def reduce_gradients(
         step.statistics["bytes_sent"] += _bytes_sent(step, exchange.rank)
     reduced = [_sum_over_steps(share, s, scale) for share, s in zip(active[0].shares, summed, strict=True)]
     for p, sums in unknown.items():
-        total = exchange.sum_rows(functools.reduce(torch.add, sums))
+        total = exchange.sum_rows(move([functools.reduce(torch.add, sums)], HOST)[0])
         reduced[p].shared = _of_shared(collection.physical[p], total, scale)
     return reduced
 
@@ -88,8 +91,8 @@ def reduce_gradients(
 def _leaf_gradient(share: TableShare) -> Tensor:
     assert share.leaf is not None
     if share.leaf.grad is None:
-        return torch.zeros(share.requested, share.table.dim, dtype=torch.float32, device="cpu")
-    return share.leaf.grad.cpu()
+        return torch.zeros(share.requested, share.table.dim, dtype=torch.float32, device=share.leaf.device)
+    return share.leaf.grad
 
 
 def _sum_by_owned(share: TableShare, grads: Tensor) -> Tensor:
@@ -99,21 +102,26 @@ def _sum_by_owned(share: TableShare, grads: Tensor) -> Tensor:
     return share.table.backend.segment_sum(grads, share.inverse, len(share.handles))
 
 
-def _of_rows(share: TableShare, grads: Tensor, reached: Tensor) -> RowGradients:
+def _of_rows(share: TableShare, grads: Tensor, reached: Sequence[bool]) -> RowGradients:
     """Drop ids without a row and tables without a gradient."""
     tables, ids, handles = share.tables, share.ids, share.handles
-    has_rows = not len(handles) or int(handles.min()) >= 0
-    if not has_rows or not reached.all():
-        keep = (handles >= 0) & reached[tables.long()]
+    if not share.complete or not all(reached):
+        keep = (handles >= 0) & _on(reached, handles)[tables.long()]
         tables, ids, handles, grads = tables[keep], ids[keep], handles[keep], grads[keep]
     return RowGradients(tables, handles, grads, share.table.row_keys(tables, ids))
 
 
-def _sum_unknown(share: TableShare, grads: Tensor, reached: Tensor) -> Tensor:
+def _on(flags: Sequence[bool], like: Tensor) -> Tensor:
+    """Return flags as bool [n] beside a tensor."""
+    return move([torch.tensor(flags, dtype=torch.bool, device=HOST)], like.device)[0]
+
+
+def _sum_unknown(share: TableShare, grads: Tensor, reached: Sequence[bool]) -> Tensor:
     """Sum the gradients of ids without a row by table, float32 [tables, dim + 1]; the last column counts ids."""
-    absent = (share.handles == NO_ROW) & reached[share.tables.long()]
-    ones = torch.ones(int(absent.sum()), 1, dtype=torch.float32, device="cpu")
-    values, tables = torch.cat([grads[absent], ones], dim=1), share.tables[absent].long()
+    absent = (share.handles == NO_ROW) & _on(reached, share.handles)[share.tables.long()]
+    tables = share.tables[absent].long()
+    ones = torch.ones(len(tables), 1, dtype=torch.float32, device=tables.device)
+    values = torch.cat([grads[absent], ones], dim=1)
     return share.table.backend.segment_sum(values, tables, len(share.table.configs))
 
 
@@ -131,7 +139,7 @@ def _sum_over_steps(share: TableShare, steps: list[RowGradients], scale: float) 
         return RowGradients(steps[0].tables, steps[0].handles, grads, steps[0].keys)
     handles = torch.cat([step.handles for step in steps])
     unique = share.table.backend.unique(handles)
-    tables = torch.empty(len(unique.ids), dtype=torch.int32, device="cpu")
+    tables = torch.empty(len(unique.ids), dtype=torch.int32, device=handles.device)
     tables[unique.inverse] = torch.cat([step.tables for step in steps])
     keys = None
     if all_keys := [step.keys for step in steps if step.keys is not None]:
@@ -154,9 +162,10 @@ def squared_norm(collection: "DynamicEmbeddingCollection", reduced: Sequence[Row
 
     Those of shared rows, which all ranks have, count on rank 0.
     """
-    total = 0.0
+    total: float | Tensor = 0.0
     for table, rows in zip(collection.physical, reduced, strict=True):
-        total += table.backend.squared_norm(rows.grads.contiguous())
+        total = total + table.backend.squared_norm(rows.grads.contiguous())
         if rows.shared is not None and collection.exchange.rank == 0:
-            total += table.backend.squared_norm(rows.shared.grads.contiguous())
-    return total
+            functions = functions_at(rows.shared.grads.device, table.backend)
+            total = total + functions.squared_norm(rows.shared.grads.contiguous())
+    return float(total)

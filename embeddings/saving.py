@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .config import ROW_DTYPES
+from .config import ROW_DTYPES, TableConfig
 from .files import BLOCK, Fingerprint, flush, write_text
 from .hashing import HASH_VERSION, NUM_BUCKETS
 from .index import FORMAT_VERSION, INDEX_NAME, describe_optimizer, remove_index, shard_files
@@ -142,7 +142,7 @@ def _row_sets(collection: "DynamicEmbeddingCollection", state: bool, row_dtype: 
 
 
 def _table_rows(collection: "DynamicEmbeddingCollection", name: str, state: bool, row_dtype: str | None) -> ShardedRows:
-    position, logical = collection.placement[name]
+    position, logical = collection.places[name]
     table = collection.physical[position]
     columns = table.columns(state=state)
     if row_dtype is not None:
@@ -151,7 +151,7 @@ def _table_rows(collection: "DynamicEmbeddingCollection", name: str, state: bool
 
 
 def _side_rows(collection: "DynamicEmbeddingCollection", name: str, side: str) -> ShardedRows:
-    position, logical = collection.placement[name]
+    position, logical = collection.places[name]
     return _sharded(side_name(name, side), collection.physical[position].side_table(side), logical, SIDE_COLUMNS)
 
 
@@ -214,6 +214,11 @@ def _publish(folder: Path, index: Mapping[str, Any]) -> dict[str, Fingerprint]:
     return {INDEX_NAME: fingerprint}
 
 
+def _placeless(config: TableConfig) -> dict[str, Any]:
+    """A table as the files know it: wherever its rows were, they may go anywhere."""
+    return {field: value for field, value in config.to_dict().items() if field != "placement"}
+
+
 def _metadata(
     collection: "DynamicEmbeddingCollection", row_sets: list[ShardedRows], shards: list[Shard], *, state: bool
 ) -> dict[str, Any]:
@@ -225,7 +230,7 @@ def _metadata(
         "hash_version": HASH_VERSION,
         "num_buckets": NUM_BUCKETS,
         "seed": collection.seed,
-        "tables": [config.to_dict() for config in collection.tables.values()],
+        "tables": [_placeless(config) for config in collection.tables.values()],
         "optimizer": describe_optimizer(type(optimizer).__name__, collection.physical[0]) if state else None,
         "rows": {rows.name: rows.count(0, NUM_BUCKETS) for rows in tables},
         "policies": policy_state(collection, sides) if state else None,

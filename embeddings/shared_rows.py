@@ -105,7 +105,7 @@ def load_shared(
     saved = load_file(file)
     for ours, name in names.items():
         config = collection.tables[ours]
-        position, logical = collection.placement[ours]
+        position, logical = collection.places[ours]
         shared = fresh[position].shared
         if config.unknown != "shared" or shared is None or f"{name}.rows" not in saved:
             continue

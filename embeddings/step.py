@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .jagged import Bags
+from .kernels import functions_at
 from .lookup import TakeRows, TapLeaf
 from .pooling import pool
 from .table import PhysicalTable
+from .transfer import empty_pinned, move
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -21,7 +23,10 @@ NO_ROW, DELETED = -1, -2  # handles of ids without a row, and of rows that went 
 
 @dataclass
 class TableShare:
-    """What one physical table has to do with a step; U ids asked for here, R received from all ranks, O owned here."""
+    """What one physical table has to do with a step; U ids asked for here, R received from all ranks, O owned here.
+
+    `index` is where the ids were given, `leaf` where `fetch` puts it, the rest on the device of the table.
+    """
 
     table: PhysicalTable
     index: dict[tuple[int, str], Tensor]  # (micro-batch, feature) -> int64 [*ids.shape]: row of the leaf
@@ -30,11 +35,14 @@ class TableShare:
     tables: Tensor  # int32 [O]: logical table inside the physical one
     ids: Tensor  # int64 [O]
     handles: Tensor  # int64 [O]; NO_ROW, DELETED: none
+    complete: bool = False  # every handle is that of a row
     leaf: Tensor | None = None  # float32 [U, dim], after fetch
 
-    def owned_rows(self) -> Tensor:
-        """Rows float32 [R, dim] of the ids received."""
-        rows = self.table.gather(self.tables, self.ids, self.handles)
+    def owned_rows(self, destination: torch.device) -> Tensor:
+        """Rows float32 [R, dim] of the ids received, which will go to a destination."""
+        pinned = self.table.device.type == "cpu" and destination.type == "cuda" and self.inverse is None
+        out = empty_pinned((len(self.handles), self.table.dim), torch.float32) if pinned else None
+        rows = self.table.gather(self.tables, self.ids, self.handles, out)
         return rows if self.inverse is None else self.table.backend.take_rows(rows, self.inverse)
 
 
@@ -74,13 +82,23 @@ class Step:
         optimizer = self.collection.require_optimizer() if trains else None
         exchange = self.collection.exchange
         before = exchange.bytes_sent
-        leaves = exchange.swap([share.owned_rows() for share in self.shares], self.received, self.sent)
+        if device is not None:
+            self._follow_to(device)
+        rows = [share.owned_rows(self.device) for share in self.shares]
+        leaves = exchange.swap(rows, self.received, self.sent, self.device)
         for share, leaf in zip(self.shares, leaves, strict=True):
-            share.leaf = leaf.to(device or self.device).requires_grad_(trains)
+            share.leaf = leaf.requires_grad_(trains)
         self.statistics["bytes_sent"] += exchange.bytes_sent - before
         if optimizer is not None:
             optimizer.track(self)
         return self
+
+    def _follow_to(self, device: torch.device) -> None:
+        """What leads into the leaves goes where they go."""
+        self.device = device
+        for share in self.shares:
+            share.index = dict(zip(share.index, move(list(share.index.values()), device), strict=True))
+        self.bags = {use: bags.to(device) for use, bags in self.bags.items()}
 
     @property
     def is_fetched(self) -> bool:
@@ -132,9 +150,10 @@ class MicroBatchEmbeddings(Mapping[str, Tensor]):
         share, leaf, index = self._use(feature)
         table = self._step.collection.features[feature].table
         note = lambda: self._step.note_backward(table)  # noqa: E731
+        functions = functions_at(leaf.device, share.table.backend)
         if (bags := self._step.bags.get((self._micro_batch, feature))) is not None:
-            return pool(leaf, index, bags, share.table.backend, note)
-        rows: Tensor = TakeRows.apply(leaf, index, share.table.backend, note)
+            return pool(leaf, index, bags, functions, note)
+        rows: Tensor = TakeRows.apply(leaf, index, functions, note)
         return rows
 
     def rows(self, feature: str) -> tuple[Tensor, Tensor]:

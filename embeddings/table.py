@@ -2,16 +2,18 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import TableConfig
-from .kernels import STEP_SLOT, Backend, RowInit, Slot, TableStorage, get_backend
+from .kernels import STEP_SLOT, Backend, HasInitialRows, RowInit, Slot, TableStorage, placed_backend
 from .kernels.rounding import row_keys, table_keys
 from .policies import initial_rows, row_init
 from .pretrained import PretrainedRows, load_pretrained
 from .shared_rows import SharedRows
+from .transfer import HOST, move
 from .use import USE_SLOTS, as_slot
 
 SIDE_TABLES = ("candidates", "evicted", "pinned")  # what policies remember of ids: see PhysicalTable.side_table
@@ -28,7 +30,9 @@ class PhysicalTable:
         self.configs = tuple(configs)
         self.dim = configs[0].embedding_dim
         self.rounding = configs[0].rounding
-        assert all((config.embedding_dim, config.rounding) == (self.dim, self.rounding) for config in configs)
+        self.placement = configs[0].placement
+        layout = self.dim, self.rounding, self.placement
+        assert all((config.embedding_dim, config.rounding, config.placement) == layout for config in configs)
         self.slots: tuple[Slot, ...] = ()  # of the optimizer
         self.use_slots: tuple[Slot, ...] = USE_SLOTS if any(config.tracks_use for config in configs) else ()
         self.side: dict[str, PhysicalTable] = {}  # those of SIDE_TABLES that were needed so far
@@ -71,9 +75,8 @@ class PhysicalTable:
         assert name in SIDE_TABLES
         if name not in self.side:
             zero = {"kind": "constant", "value": 0.0}
-            configs = [
-                TableConfig(name=c.name, embedding_dim=1, initializer=zero, track_use=True) for c in self.configs
-            ]
+            common: dict[str, Any] = {"initializer": zero, "track_use": True, "placement": self.placement}
+            configs = [TableConfig(name=c.name, embedding_dim=1, **common) for c in self.configs]
             self.side[name] = PhysicalTable(configs, seed=0, backend=self._backend_name)
         return self.side[name]
 
@@ -88,19 +91,30 @@ class PhysicalTable:
         return any(config.min_count > 1 or config.has_hard_ceiling for config in self.configs)
 
     @functools.cached_property
+    def has_admission(self) -> bool:
+        """Whether some logical table admits ids by their count."""
+        return any(config.min_count > 1 for config in self.configs)
+
+    @functools.cached_property
     def min_counts(self) -> Tensor:
         """Occurrences from which ids of each logical table are admitted, int64 [logical tables]."""
-        return torch.tensor([config.min_count for config in self.configs], dtype=torch.int64, device="cpu")
+        return torch.tensor([config.min_count for config in self.configs], dtype=torch.int64, device=self.device)
 
     @functools.cached_property
     def half_lives(self) -> Tensor | None:
         """Half-life in steps of the counts of each logical table, int64 [logical tables], 0: none; None: all 0."""
         steps = [(config.eviction or {}).get("half_life", 0) for config in self.configs]
-        return torch.tensor(steps, dtype=torch.int64, device="cpu") if any(steps) else None
+        return torch.tensor(steps, dtype=torch.int64, device=self.device) if any(steps) else None
 
     @property
     def backend(self) -> Backend:
-        return get_backend(self._backend_name)
+        is_here = self.placement == "host" or self._is_shared  # mapped files are in host memory
+        return placed_backend("host" if is_here else "device", self._backend_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where index, rows and state are, and what its methods take and return unless they say otherwise."""
+        return self.storage.device
 
     @property
     def storage(self) -> TableStorage:
@@ -132,7 +146,11 @@ class PhysicalTable:
         """Return the keys int64 [n] of pairs for the rounding of their updates; None where it needs none."""
         if self.rounding != "stochastic":
             return None
-        return row_keys(table_keys(self._laws()), tables, ids)
+        return row_keys(self._table_keys, tables, ids)
+
+    @functools.cached_property
+    def _table_keys(self) -> Tensor:
+        return table_keys(self._laws()).to(self.device)
 
     def _pretrained(self) -> dict[int, PretrainedRows]:
         """The vectors of the logical tables that start from a file."""
@@ -187,8 +205,8 @@ class PhysicalTable:
         handles, inserted = self.storage.find_or_insert(tables, ids)
         for logical, vectors in pretrained.items():
             mine = new & (tables == logical)
-            place = vectors.find(ids[mine])
-            self.storage.scatter(handles[mine][place >= 0], vectors.rows[place[place >= 0]], {})
+            place = vectors.find(ids[mine].cpu())
+            self.storage.scatter(handles[mine].cpu()[place >= 0], vectors.rows[place[place >= 0]], {})
         return handles, inserted
 
     def erase(self, tables: Tensor, ids: Tensor) -> int:
@@ -196,30 +214,46 @@ class PhysicalTable:
         self._rows_by_table = None
         return self.storage.erase(tables, ids)
 
-    def gather(self, tables: Tensor, ids: Tensor, handles: Tensor) -> Tensor:
-        """Return rows float32 [n, dim]; an id without a row (handle -1) gets what its table says of unknown ids."""
-        rows = self.storage.gather(handles)
-        for logical, config in enumerate(self.configs):
-            if config.unknown == "zeros":
-                continue
-            absent = (handles < 0) & (tables == logical)
-            if not absent.any():
-                continue
-            if config.unknown == "initial":
-                rows[absent] = self._initial(logical, ids[absent])
-            else:
-                assert self.shared is not None
-                shared = self.shared.storage.gather(self.shared.handles(tables[absent].cpu()))
-                rows[absent] = shared.to(rows.device)
+    def gather(self, tables: Tensor, ids: Tensor, handles: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return rows float32 [n, dim], in `out` where that is of use.
+
+        An id without a row (handle -1) gets what its table says of unknown ids.
+        """
+        rows = self.storage.gather(handles, out)
+        if all(config.unknown == "zeros" for config in self.configs):
+            return rows
+        absent = handles < 0
+        if self.device.type == "cpu" and not absent.any():
+            return rows
+        if any(config.unknown == "initial" for config in self.configs):
+            rows = self._with_initial(rows, tables, ids, handles, absent)
+        if self.shared is not None:
+            shared = self.shared.storage.gather(self.shared.handles(torch.arange(len(self.configs), device=HOST)))
+            mine = (absent & self._gives("shared")[tables.long()])[:, None]
+            rows = torch.where(mine, move([shared], rows.device)[0][tables.long()], rows)
         return rows
 
-    def _initial(self, logical: int, ids: Tensor) -> Tensor:
-        """Rows float32 [n, dim] as they are when they are born."""
-        rows = initial_rows(self._laws()[logical], ids, self.dim)
-        if (vectors := self._pretrained().get(logical)) is not None:
-            place = vectors.find(ids)
-            rows[place >= 0] = vectors.rows[place[place >= 0]]
-        return rows if self.rounding is None else rows.to(torch.bfloat16).float()
+    def _gives(self, unknown: str) -> Tensor:
+        """Which logical tables give unknown ids this, bool [logical tables]."""
+        flags = torch.tensor([config.unknown == unknown for config in self.configs], dtype=torch.bool, device=HOST)
+        return move([flags], self.device)[0]
+
+    def _with_initial(self, rows: Tensor, tables: Tensor, ids: Tensor, handles: Tensor, absent: Tensor) -> Tensor:
+        """Rows float32 [n, dim] in which ids without a row have those that they would be born with."""
+        mine = absent & self._gives("initial")[tables.long()]
+        pretrained = self._pretrained()
+        if isinstance(self.storage, HasInitialRows) and not pretrained:
+            return torch.where(mine[:, None], self.storage.gather_or_initial(handles, tables, ids), rows)
+        place = mine.nonzero().flatten()
+        born, tables, ids = torch.zeros(len(place), self.dim, device=HOST), tables[place].cpu(), ids[place].cpu()
+        for logical, law in enumerate(self._laws()):
+            chosen = (tables == logical).nonzero().flatten()
+            born[chosen] = initial_rows(law, ids[chosen], self.dim)
+            if logical in pretrained:
+                known = pretrained[logical].find(ids[chosen])
+                born[chosen[known >= 0]] = pretrained[logical].rows[known[known >= 0]]
+        born = born if self.rounding is None else born.to(torch.bfloat16).float()
+        return rows.index_copy_(0, place, move([born], rows.device)[0])
 
     def sorted_keys(self, logical: int) -> tuple[Tensor, Tensor]:
         """Return ids and handles int64 [n] of one logical table, sorted by (bucket, id), in host memory."""

@@ -38,10 +38,11 @@ def note_lookup(
     for share, asked, arrived in zip(shares, sent, received, strict=True):
         names = [config.name for config in share.table.configs]
         requested = asked.sum(0).tolist()
-        owned = requested if share.inverse is None else _by_table(share.tables, len(names))
-        unknown = [0] * len(names)
+        owned, unknown = requested, [0] * len(names)
+        if share.inverse is not None:
+            owned = _count(collection, share, "owned", None)
         if not insert or share.table.is_selective:
-            unknown = _by_table(share.tables[share.handles < 0], len(names))
+            unknown = _count(collection, share, "unknown", share.handles < 0)
         numbers = zip(names, requested, arrived.sum(0).tolist(), owned, unknown, strict=True)
         for name, *more in numbers:
             tally = collection.tally(name)
@@ -51,13 +52,42 @@ def note_lookup(
             collection.tally(collection.features[feature].table).ids += index.numel()
 
 
-def _by_table(tables: Tensor, num_tables: int) -> list[int]:
-    """Return how many of `tables` int32 [n] are each logical table."""
-    return [len(tables)] if num_tables == 1 else torch.bincount(tables, minlength=num_tables).tolist()
+def _count(
+    collection: "DynamicEmbeddingCollection", share: "TableShare", field: str, chosen: Tensor | None
+) -> list[int]:
+    """Return how many pairs (those `chosen`, bool [O]; None: all) are of each logical table.
+
+    On a device they are counted there, for `settle` to fetch when somebody asks, and zeros are returned.
+    """
+    num_tables, tables = len(share.table.configs), share.tables
+    if share.table.device.type == "cpu":
+        tables = tables if chosen is None else tables[chosen]
+        return [len(tables)] if num_tables == 1 else torch.bincount(tables, minlength=num_tables).tolist()
+    if num_tables == 1:
+        counts = torch.ones_like(tables).sum()[None] if chosen is None else chosen.sum()[None]
+    else:
+        logical = torch.arange(num_tables, dtype=torch.int32, device=tables.device)[:, None]
+        hits = tables == logical
+        counts = (hits if chosen is None else hits & chosen).sum(1)
+    for position, table in enumerate(collection.physical):
+        if table is share.table:
+            before = collection.unsettled.get((position, field))
+            collection.unsettled[position, field] = counts if before is None else before + counts
+    return [0] * num_tables
+
+
+def settle(collection: "DynamicEmbeddingCollection") -> None:
+    """Add to the tallies what was counted on devices."""
+    for (position, field), counts in collection.unsettled.items():
+        for config, count in zip(collection.physical[position].configs, counts.tolist(), strict=True):
+            tally = collection.tally(config.name)
+            setattr(tally, field, getattr(tally, field) + count)
+    collection.unsettled.clear()
 
 
 def statistics(collection: "DynamicEmbeddingCollection") -> dict[str, dict[str, Any]]:
     """See `DynamicEmbeddingCollection.statistics`."""
+    settle(collection)
     exchange = collection.exchange
     fields = ("rows_before", "ids", "requested", "received", "owned", "unknown", "evicted", "erased")
     numbers: list[int] = []

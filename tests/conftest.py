@@ -12,9 +12,9 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
-# Spawned ranks import their jobs by name: `from spawn import spawn`, tests/distributed/*_jobs.py and the parts of
+# Spawned ranks import their jobs by name: `from spawn import spawn`, tests/distributed/*_jobs.py, helpers and parts of
 # tests/faults work everywhere.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "faults")]
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "embeddings", "faults")]
 
 
 @pytest.fixture(scope="session")

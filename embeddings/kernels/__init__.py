@@ -8,18 +8,25 @@ import importlib
 import importlib.util
 import logging
 
-from .base import STEP_SLOT, Backend, BackendUnavailable, RowInit, Slot, TableStorage, Unique
+import torch
+
+from .base import STEP_SLOT, Backend, BackendUnavailable, HasInitialRows, RowInit, Slot, TableStorage, Unique
 
 __all__ = [
     "BACKENDS",
+    "PLACEMENTS",
     "STEP_SLOT",
     "Backend",
     "BackendUnavailable",
+    "HasInitialRows",
     "RowInit",
     "Slot",
     "TableStorage",
     "Unique",
+    "check_backend",
+    "functions_at",
     "get_backend",
+    "placed_backend",
 ]
 
 logger = logging.getLogger(__name__)
@@ -29,7 +36,9 @@ BACKENDS = {  # name -> module with a `load()`
     "naive": "grzoo.embeddings.kernels.naive",
     "triton": "grzoo.embeddings.kernels.triton",
 }
+PLACEMENTS = ("host", "device")  # where tables are: in host memory, or in that of a GPU
 _AUTO = ("host", "naive")  # "auto" takes the first that runs here
+_DEVICE = "triton"
 
 
 def get_backend(name: str = "auto") -> Backend:
@@ -42,6 +51,35 @@ def get_backend(name: str = "auto") -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: use 'auto' or one of {sorted(BACKENDS)}")
     return _load(name)
+
+
+def placed_backend(placement: str, name: str) -> Backend:
+    """Return the backend of tables of a placement; `name` ("auto", "host", "naive") says which one in host memory.
+
+    Raises BackendUnavailable as `get_backend`.
+    """
+    assert placement in PLACEMENTS
+    return get_backend(_DEVICE if placement == "device" else name)
+
+
+def check_backend(name: str) -> None:
+    """Raise ValueError unless `name` is that of a backend for tables in host memory, or "auto"."""
+    if name == _DEVICE:
+        raise ValueError(f"backend {name!r} is that of tables on a device: give them TableConfig(placement='device')")
+    if name not in ("auto", *_AUTO):
+        raise ValueError(f"unknown backend {name!r}: use 'auto' or one of {sorted(_AUTO)}")
+
+
+def functions_at(device: torch.device, backend: Backend) -> Backend:
+    """Return the backend whose functions take tensors on a device: `backend`, where that is the place of its tables."""
+    if device.type == backend.device.type:
+        return backend
+    if device.type == "cpu":
+        return get_backend("auto")
+    try:
+        return get_backend(_DEVICE)
+    except BackendUnavailable:
+        return get_backend("naive")  # plain torch, on any device
 
 
 @functools.cache

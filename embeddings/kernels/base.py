@@ -71,6 +71,11 @@ class TableStorage(Protocol):
     def dim(self) -> int:
         """Width of a row."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return torch.device("cpu")
+
     def set_slots(self, slots: Sequence[Slot]) -> None:
         """Set the layout of the optimizer state (without the step slot, which is always there).
 
@@ -154,12 +159,25 @@ class TableStorage(Protocol):
         """Free everything. Closing twice is allowed."""
 
 
+@runtime_checkable
+class HasInitialRows(Protocol):
+    """A storage that computes initial values where it is."""
+
+    def gather_or_initial(self, handles: Tensor, tables: Tensor, ids: Tensor) -> Tensor:
+        """Return rows float32 [n, dim]; where the handle is -1, the initial value of the pair."""
+
+
 class Backend(Protocol):
     """A way to run tables: `get_backend(name)` returns one."""
 
     @property
     def name(self) -> str:
         """The name that `get_backend` knows it by."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tables are, and the tensors that its functions take."""
+        return torch.device("cpu")
 
     def create(self, dim: int, inits: Sequence[RowInit], rounding: str | None = None) -> TableStorage:
         """Return an empty storage of rows [dim]; `inits[t]` is the initial law of logical table t.
@@ -171,8 +189,11 @@ class Backend(Protocol):
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         """Return the distinct ids int64 (or pairs, when `tables` int32 is given) in first-seen order."""
 
-    def squared_norm(self, values: Tensor) -> float:
-        """Return the sum of the squares of values float32 [n, dim], in float64; the same for any number of threads."""
+    def squared_norm(self, values: Tensor) -> float | Tensor:
+        """Return the sum of the squares of values float32 [n, dim], in float64; the same for any number of threads.
+
+        A tensor without dimensions where the values are on a device, so that the caller waits once for several.
+        """
         return float(values.double().square().sum())
 
     def take_rows(self, values: Tensor, index: Tensor) -> Tensor:
@@ -195,7 +216,7 @@ class Backend(Protocol):
         rows = self.take_rows(values, index)
         if weights is not None:
             rows = rows * weights[:, None]
-        return self.segment_sum(rows, _bag_numbers(offsets), len(offsets) - 1)
+        return self.segment_sum(rows, _bag_numbers(offsets, len(index)), len(offsets) - 1)
 
     def unpool_rows(
         self, grads: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, out: Tensor
@@ -204,13 +225,13 @@ class Backend(Protocol):
 
         grads float32 [bags, dim], out float32 [m, dim], which is returned; the others as there.
         """
-        rows = self.take_rows(grads, _bag_numbers(offsets))
+        rows = self.take_rows(grads, _bag_numbers(offsets, len(index)))
         if weights is not None:
             rows = rows * weights[:, None]
         return self.segment_sum(rows, index, len(out), out=out)
 
 
-def _bag_numbers(offsets: Tensor) -> Tensor:
-    """The bag int64 [n] of each element."""
-    bags = torch.arange(len(offsets) - 1, dtype=torch.int64, device="cpu")
-    return bags.repeat_interleave(offsets.diff())
+def _bag_numbers(offsets: Tensor, count: int) -> Tensor:
+    """The bag int64 [count] of each element."""
+    bags = torch.arange(len(offsets) - 1, dtype=torch.int64, device=offsets.device)
+    return bags.repeat_interleave(offsets.diff(), output_size=count)

@@ -185,6 +185,8 @@ class NaiveBackend(Backend):
     def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.zeros(num_segments, values.shape[1], dtype=torch.float32, device=values.device)
+        if values.device.type != "cpu":
+            return out.index_put_((index,), values, accumulate=True)  # sorts: deterministic on a GPU
         return out.index_add_(0, index, values)  # on the CPU: one after the other, in the order of `index`
 
 

@@ -34,7 +34,8 @@ class HSTUConfig(PreTrainedConfig):
         num_negatives: N, per token, per step, or items of the catalogue.
         item_initializer: how new item vectors are drawn, see `grzoo.embeddings.TableConfig`.
         unknown_items: vector of an item that the table does not hold, when reading: "zeros" or "initial".
-        table_policies: admission, eviction, max_rows and track_use of a table, by its name, "items"; see TableConfig.
+        table_policies: admission, eviction, max_rows, track_use and placement of a table, by its name, "items"; see
+            TableConfig.
         embedding_seed: seed of the initial item vectors.
         initializer_range: std of the dense weights and bias tables.
         layer_norm_eps: of both normalisations of a block.

@@ -25,7 +25,8 @@ class RankingConfig(PreTrainedConfig):
         hidden_dropout: dropout of the tokens and of each block.
         initializer: how new rows are drawn, see `grzoo.embeddings.TableConfig`.
         unknown_ids: row of an id that a table does not hold, when reading: "zeros" or "initial".
-        table_policies: admission, eviction, max_rows and track_use of tables, by their names; see TableConfig.
+        table_policies: admission, eviction, max_rows, track_use and placement of tables, by their names; see
+            TableConfig.
         embedding_seed: seed of the initial rows.
         layer_norm_eps: of all normalisations.
     """

@@ -54,7 +54,7 @@ def contents(collection: DynamicEmbeddingCollection) -> dict[str, Any]:
     """Ids, use and what policies remember of each table on this rank."""
     found: dict[str, Any] = {}
     for name in collection.table_names:
-        position, logical = collection.placement[name]
+        position, logical = collection.places[name]
         table = collection.physical[position]
         found[name] = {key: value.tolist() for key, value in collection.export_rows(name).items()}
         candidates = table.side.get("candidates")

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, Jagged, SparseSGD, TableConfig
-from grzoo.embeddings.jagged import Bags
 from grzoo.embeddings.kernels import get_backend
-from grzoo.embeddings.pooling import pool_on_device, unpool_on_device
 from torch import Tensor, nn
 
 WIDTHS = {"item": 5, "word": 16}
@@ -152,16 +150,6 @@ def test_s9_law1_bags_of_two_micro_batches_train_as_those_of_one() -> None:
     second = {"basket": Jagged(VALUES[4:], OFFSETS[3:] - 4)}
     whole = {"basket": Jagged(VALUES, OFFSETS)}
     torch.testing.assert_close(train(build(), [first, second])["item"], train(build(), [whole])["item"])  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize("weights", [None, randn(8)])
-def test_the_way_of_devices_pools_as_the_backends(weights: Tensor | None) -> None:
-    bags, naive, start = Bags(OFFSETS, weights, False, (6,)), get_backend("naive"), randn(10, 5)
-    values, grads = randn(10, 5), randn(6, 5)
-    torch.testing.assert_close(pool_on_device(values, VALUES, bags), naive.pool_rows(values, VALUES, OFFSETS, weights))
-    expected = naive.unpool_rows(grads, VALUES, OFFSETS, weights, start.clone())
-    unpool_on_device(grads, VALUES, bags, start)
-    torch.testing.assert_close(start, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

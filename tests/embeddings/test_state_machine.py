@@ -1,6 +1,7 @@
 """Tables against a Python dict, over random histories: look up, train, erase, evict, pin, grow, save and load."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -16,9 +17,16 @@ from grzoo.embeddings import (
     TableConfig,
 )
 from grzoo.embeddings.io import load_tables, save_tables
-from hypothesis import HealthCheck, Verbosity, settings
+from hypothesis import HealthCheck, Verbosity, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 DIM, INITIAL, LEARNING_RATE, MAX_ROWS, EVERY = 3, 0.5, 0.25, 6, 2
 EDGES = [0, -1, 2**63 - 1, -(2**63), 2**32, -(2**32)]
@@ -31,6 +39,8 @@ class TablesAgainstADict(RuleBasedStateMachine):
     """Values are halves and quarters: sums and updates are exact, so rows are compared bit for bit."""
 
     backend = "naive"
+    placement = "host"
+    steps_done = 0  # rules of all histories; counted by the class
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +54,13 @@ class TablesAgainstADict(RuleBasedStateMachine):
     def make(self, merge: bool) -> None:
         self.merge = merge
         self.tables, self.optimizer = self.build()
+        type(self).steps_done -= 1  # this is no step, but the invariant is looked at after it
 
     def build(self) -> tuple[DynamicEmbeddingCollection, SparseSGD]:
         initializer = {"kind": "constant", "value": INITIAL}
+        common: dict[str, Any] = {"embedding_dim": DIM, "initializer": initializer, "placement": self.placement}
         evicting: dict[str, Any] = {"max_rows": MAX_ROWS, "eviction": {"kind": "lru", "every": EVERY}}
-        configs = [
-            TableConfig(name="plain", embedding_dim=DIM, initializer=initializer),
-            TableConfig(name="bounded", embedding_dim=DIM, initializer=initializer, **evicting),
-        ]
+        configs = [TableConfig(name="plain", **common), TableConfig(name="bounded", **common, **evicting)]
         features = [FeatureConfig(name=table, table=table) for table in TABLES]
         collection = DynamicEmbeddingCollection(configs, features, backend=self.backend, merge=self.merge)
         return collection, SparseSGD(collection, lr=LEARNING_RATE)
@@ -143,10 +152,15 @@ class TablesAgainstADict(RuleBasedStateMachine):
         self.tables.close()
         self.tables, self.optimizer = tables, optimizer
 
+    def teardown(self) -> None:
+        if hasattr(self, "tables"):
+            self.tables.close()
+
     @invariant()
     def rows_are_those_of_the_dict(self) -> None:
         if not hasattr(self, "tables"):
             return
+        type(self).steps_done += 1
         for table in TABLES:
             found = self.tables.export_rows(table)
             ids = found["ids"].tolist()
@@ -158,42 +172,46 @@ class TablesAgainstADict(RuleBasedStateMachine):
         assert self.tables.clock == self.clock
 
 
-def run(backend: str, examples: int, steps: int) -> None:
-    machine = type(f"On{backend.title()}", (TablesAgainstADict,), {"backend": backend})
-    case = machine.TestCase
-    case.settings = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        verbosity=Verbosity.quiet,
-        suppress_health_check=list(HealthCheck),
-    )
-    case("runTest").runTest()
+def run(at_least: int, *, backend: str = "naive", placement: str = "host", steps: int = 50) -> None:
+    """Let hypothesis write histories until so many steps of them were done."""
+    machine = type(f"On{backend.title()}", (TablesAgainstADict,), {"backend": backend, "placement": placement})
+    for number in itertools.count():
+        if machine.steps_done >= at_least:
+            break
+        limits = settings(
+            max_examples=min(100, 1 + (at_least - machine.steps_done) // 40),
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            verbosity=Verbosity.quiet,
+            suppress_health_check=list(HealthCheck),
+        )
+        run_state_machine_as_test(seed(number)(machine), settings=limits)
+    print(f"{backend} tables in {placement} memory were a dict for {machine.steps_done} steps")
 
 
 @pytest.mark.parametrize("backend", ["naive", "host"])
 def test_tables_are_a_dict(backend: str) -> None:
-    run(backend, examples=12, steps=30)
+    run(200, backend=backend)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("backend", ["naive", "host"])
 def test_tables_are_a_dict_for_ten_thousand_steps(backend: str) -> None:
-    run(backend, examples=220, steps=50)
+    run(10_000, backend=backend)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_device_tables_are_a_dict() -> None:
-    """320 steps under Triton's interpreter (or on a GPU), in a process of its own."""
+    """300 steps under Triton's interpreter (or on a GPU), in a process of its own."""
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, __file__], env={**os.environ, **interpret}, capture_output=True, text=True)
+    print(done.stdout[-200:])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 if __name__ == "__main__":
-    run("triton", examples=16, steps=20)
+    run(300, placement="device", steps=20)

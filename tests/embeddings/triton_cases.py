@@ -480,10 +480,10 @@ def test_any_history_gives_the_table_of_the_naive_twin() -> None:
 
 def test_a_collection_trains_the_same_rows_as_with_naive_tables() -> None:
     results = []
-    for backend in ("triton", "naive"):
-        configs = [TableConfig(name=name, embedding_dim=4) for name in ("item", "user")]
+    for placement in ("device", "host"):
+        configs = [TableConfig(name=name, embedding_dim=4, placement=placement) for name in ("item", "user")]
         features = [FeatureConfig(name="history", table="item"), FeatureConfig(name="user", table="user")]
-        collection = DynamicEmbeddingCollection(configs, features, backend=backend)
+        collection = DynamicEmbeddingCollection(configs, features, backend="naive")
         optimizer = SparseAdamW(collection, lr=0.1)
         generator = torch.Generator().manual_seed(0)
         for _ in range(2):
@@ -549,8 +549,8 @@ def test_s15_the_state_of_bfloat16_rows_is_float32() -> None:
 @pytest.mark.parametrize("kind", [{"kind": "ttl", "steps": 2, "every": 1}, {"kind": "lfu", "every": 2, "half_life": 2}])
 def test_s8_s17_policies_keep_the_rows_that_they_keep_of_naive_tables(kind: dict[str, Any]) -> None:
     tables = [
-        policy_table.build(name, admission={"min_count": 3, "forget_after": 5}, eviction=kind, max_rows=9)
-        for name in ("triton", "naive")
+        policy_table.build(admission={"min_count": 3, "forget_after": 5}, eviction=kind, max_rows=9, placement=where)
+        for where in ("device", "host")
     ]
     for step in range(6):
         ids = torch.randint(step, step + 8, (12,), generator=torch.Generator().manual_seed(step)).tolist()

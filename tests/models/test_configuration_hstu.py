@@ -47,12 +47,13 @@ def test_json_round_trip(tmp_path):
         hidden_size=8,
         item_initializer={"kind": "uniform", "scale": 0.5},
         negative_sampling="shared",
-        table_policies={"items": {"max_rows": 100, "eviction": {"kind": "lru", "every": 5}}},
+        table_policies={"items": {"max_rows": 100, "eviction": {"kind": "lru", "every": 5}, "placement": "device"}},
     )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is HSTUConfig and loaded.to_diff_dict() == config.to_diff_dict()
     (table,) = loaded.embedding_tables()
-    assert table.max_rows == 100 and table.eviction is not None and table.eviction["every"] == 5
+    assert table.max_rows == 100 and table.placement == "device"
+    assert table.eviction is not None and table.eviction["every"] == 5
     assert (table.name, table.embedding_dim, table.initializer["scale"], table.unknown) == ("items", 8, 0.5, "zeros")
     assert {f.table for f in loaded.embedding_features()} == {"items"}

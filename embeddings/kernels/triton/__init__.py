@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from grzoo.embeddings.kernels.base import Backend, BackendUnavailable, RowInit, TableStorage, Unique
 from torch import Tensor
 
@@ -15,6 +16,14 @@ class TritonBackend(Backend):
     def name(self) -> str:
         return "triton"
 
+    @property
+    def device(self) -> torch.device:
+        from .launch import default_device
+
+        device = default_device()
+        assert device is not None
+        return device
+
     def create(self, dim: int, inits: Sequence[RowInit], rounding: str | None = None) -> TableStorage:
         from .storage import TritonStorage
 
@@ -23,26 +32,22 @@ class TritonBackend(Backend):
     def unique(self, ids: Tensor, tables: Tensor | None = None) -> Unique:
         from .functions import unique
 
-        return unique(ids, tables) if _runs_on(ids) else _on_the_cpu().unique(ids, tables)
+        return unique(ids, tables)
+
+    def squared_norm(self, values: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(values, dtype=torch.float64).square()  # without a copy in float64
 
     def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
         from .functions import segment_sum
 
-        compute = segment_sum if _runs_on(values) else _on_the_cpu().segment_sum
-        return compute(values, index, num_segments, out)
+        return segment_sum(values, index, num_segments, out)
 
+    def pool_rows(self, values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        from .functions import sum_runs
 
-def _runs_on(tensor: Tensor) -> bool:
-    from .launch import runs_on
-
-    return runs_on(tensor)
-
-
-def _on_the_cpu() -> Backend:
-    """The backend of tensors that are in host memory."""
-    from grzoo.embeddings.kernels import get_backend
-
-    return get_backend("auto")
+        if weights is not None:
+            return super().pool_rows(values, index, offsets, weights)
+        return sum_runs(values, index, offsets)
 
 
 def load() -> Backend:
@@ -52,5 +57,8 @@ def load() -> Backend:
     except ImportError as error:
         raise BackendUnavailable(f"the device backend needs triton >= 3.6: {error}") from error
     if default_device() is None:
-        raise BackendUnavailable("the device backend needs a CUDA or HIP device (or TRITON_INTERPRET=1, for tests)")
+        raise BackendUnavailable(
+            "tables with placement='device' need a CUDA or HIP device (or TRITON_INTERPRET=1, for tests): here give"
+            " them placement='host'"
+        )
     return TritonBackend()

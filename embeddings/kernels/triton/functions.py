@@ -44,22 +44,30 @@ def segment_sum(values: Tensor, index: Tensor, num_segments: int, out: Tensor | 
 
     A stable sort of the index, then one program per segment. Nothing waits for the device.
     """
-    width, starts = values.shape[1], out is not None
+    ordered, order = torch.sort(index, stable=True)
+    edges = torch.arange(num_segments + 1, dtype=torch.int64, device=index.device)
+    return sum_runs(values, order, torch.searchsorted(ordered, edges), out)
+
+
+def sum_runs(values: Tensor, order: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return s float32 [runs, dim]: s[j] sums values[order[k]] over offsets[j] <= k < offsets[j + 1], in this order.
+
+    values float32 [m, dim], order int64 [n], offsets int64 [runs + 1]. With `out` the sums are added to it in place.
+    One launch.
+    """
+    width, starts, runs = values.shape[1], out is not None, len(offsets) - 1
     target = out if out is not None and out.is_contiguous() else None
     if target is None:
-        target = torch.empty(num_segments, width, dtype=torch.float32, device=values.device)
+        target = torch.empty(runs, width, dtype=torch.float32, device=values.device)
         if out is not None:
             target.copy_(out)
-    if num_segments and width:
-        ordered, order = torch.sort(index, stable=True)
-        edges = torch.arange(num_segments + 1, dtype=torch.int64, device=index.device)
-        offsets = torch.searchsorted(ordered, edges)
+    if runs and width:
         padded = triton.next_power_of_2(width)
         shape = {"WIDTH": width, "PADDED": padded, "START": starts, "MANY": max(2, min(32, 4096 // padded)), "FEW": 2}
         warps = max(1, min(4, padded // 256))
         with on(values.device):
-            kernels.segment_sum_kernel[(num_segments,)](
-                values.contiguous(), order, offsets, target, **shape, num_warps=warps
+            kernels.segment_sum_kernel[(runs,)](
+                values.contiguous(), order.contiguous(), offsets.contiguous(), target, **shape, num_warps=warps
             )
     if out is None or target is out:
         return target
