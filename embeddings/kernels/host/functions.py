@@ -6,7 +6,8 @@ import torch
 from grzoo.embeddings.kernels.base import Unique
 from torch import Tensor
 
-from .library import call, empty_rows, num_threads, pointer
+from .buffers import empty_rows
+from .library import call, num_threads, pointer
 
 
 def unique(ids: Tensor, tables: Tensor | None = None) -> Unique:

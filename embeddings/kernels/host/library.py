@@ -19,7 +19,6 @@ class Hyper(ctypes.Structure):
     _fields_ = [(name, c_double) for name in ("lr", "momentum", "beta1", "beta2", "eps", "weight_decay", "step")]
 
 
-_HUGE_FROM = 4 << 20  # bytes
 _COUNT = POINTER(c_int64)
 _HYPER = POINTER(Hyper)
 _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
@@ -102,14 +101,6 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype, *shape: int, name: str) -
             f" on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
         )
     return tensor.data_ptr()
-
-
-def empty_rows(n: int, dim: int) -> Tensor:
-    """Return float32 [n, dim], uninitialised; large ones in huge pages where the system has them to give."""
-    rows = torch.empty(n, dim, dtype=torch.float32, device="cpu")
-    if rows.nbytes >= _HUGE_FROM:
-        library().grzoo_use_huge_pages(rows.data_ptr(), rows.nbytes)
-    return rows
 
 
 def num_threads() -> int:

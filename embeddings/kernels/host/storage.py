@@ -8,7 +8,8 @@ import torch
 from grzoo.embeddings.kernels.base import ROUNDINGS, RULES, STEP_SLOT, RowInit, Slot, TableStorage
 from torch import Tensor
 
-from .library import Hyper, call, empty_rows, library, num_threads, pointer
+from .buffers import empty_rows
+from .library import Hyper, call, library, num_threads, pointer
 
 _KINDS = {"constant": 0, "uniform": 1, "quantile": 2}  # as in src/grzoo_host.h
 _RULE_NUMBER = {name: number for number, name in enumerate(RULES)}
