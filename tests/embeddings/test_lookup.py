@@ -1,4 +1,4 @@
-"""Rows that are read when they are first used: the values of the fetch, whatever happens to the table in between."""
+"""A fetched step has the rows of its fetch, whatever happens to the table before they are read; norms of gradients."""
 
 import pytest
 import torch
@@ -114,7 +114,6 @@ def test_ids_of_any_shape_and_number_meet_in_one_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("case", ["once", "twice", "by leaf", "scaled", "none left"])
 def test_the_norm_is_that_of_the_gradients_that_are_applied(backend: str, case: str) -> None:
-    """The norm that comes with the first sum is not taken for that of a gradient that changed since."""
     tables = build(backend)
     optimizer = SparseAdam(tables, lr=0.1)
     step = tables.prepare([{"ids": IDS}, {"other": IDS[:4]}]).fetch()
