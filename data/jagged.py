@@ -23,6 +23,14 @@ def ranges(starts: ArrayLike, lengths: ArrayLike) -> Int64:
     return index
 
 
+def cut_rows(lengths: Int64, values: int) -> list[tuple[int, int]]:
+    """Ranges (first, last) of neighbouring rows with at most about `values` values each; at least one range."""
+    group = (np.cumsum(lengths) - lengths) // values
+    edges = np.flatnonzero(np.diff(group)) + 1
+    bounds = [0, *edges.tolist(), len(lengths)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
 def within(lengths: ArrayLike) -> Int64:
     """Position of every element inside its row, int64 [sum of lengths]: 0, 1, ..., restarting at each row."""
     counts = np.asarray(lengths)

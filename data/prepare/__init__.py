@@ -12,11 +12,12 @@ from typing import Any
 from . import amazon, event_log, movielens, synthetic
 from .append import HistoryStore, append_day, days
 from .config import PrepareConfig
+from .histogram import PLOT_FILE, plot_lengths
 from .log import EventLog, GroupedLog, group, k_core
 from .ranking import add_ranking_columns
 from .report import Report, card, report_of
 from .splits import Split, split_log
-from .writer import check_free, new_folder, schema_of, train_counts, write_items, write_splits
+from .writer import check_free, new_folder, replace_folder, schema_of, train_counts, write_items, write_splits
 
 __all__ = [
     "EventLog",
@@ -68,7 +69,27 @@ def prepare(name: str, output_dir: str | Path, source: str | Path | None = None,
     check_free(Path(config.output_dir), config.overwrite)
     for option in sorted(config.changed() - known - _COMMON):
         warnings.warn(f"option {option} has no effect on {name}", stacklevel=2)
+    if config.max_memory_gb is not None and reader is event_log.read:
+        return _prepare_out_of_core(config)
     return prepare_log(reader(config), config)
+
+
+def _prepare_out_of_core(config: PrepareConfig) -> Report:
+    from .out_of_core import OutOfCore
+
+    job = OutOfCore(config)
+    try:
+        grouped = job.group()
+        split = split_log(grouped, config)
+        report = report_of(config, grouped, split)
+        job.folder.mkdir(exist_ok=True)
+        _write(job.folder, config, grouped, split, report)
+    except ValueError:
+        job.discard()  # the input is wrong: nothing of it is of use to another call
+        raise
+    replace_folder(job.folder, Path(config.output_dir))
+    job.discard()
+    return report
 
 
 def prepare_log(log: EventLog, config: PrepareConfig) -> Report:
@@ -89,4 +110,5 @@ def _write(folder: Path, config: PrepareConfig, grouped: GroupedLog, split: Spli
     write_splits(folder, grouped, split)
     write_items(folder, grouped, train_counts(grouped, split))
     schema_of(grouped, config.name, split, report.statistics).save(folder)
-    (folder / "README.md").write_text(card(report, split, grouped.id_mapping), encoding="utf-8")
+    has_plot = plot_lengths(grouped.lengths, folder / PLOT_FILE)
+    (folder / "README.md").write_text(card(report, split, grouped.id_mapping, has_plot), encoding="utf-8")

@@ -122,7 +122,7 @@ def _grown(catalogue: Catalogue, day: GroupedLog, metadata: Mapping[bytes, bytes
     table = catalogue.table.set_column(at, "count", pa.array(counts))
     new = pa.array(~known)
     more = {"item_id": day.item_ids.filter(new), "id": pa.array(ids[~known]), "count": pa.array(events[~known])}
-    details = day.log.item_metadata
+    details = day.item_metadata
     if details is not None:
         index = pc.index_in(more["item_id"], value_set=details.column("item_id").combine_chunks())
         more |= {key: details.column(key).take(index) for key in table.column_names if key in details.column_names[1:]}

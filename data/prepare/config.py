@@ -5,6 +5,7 @@ from typing import Any
 
 SPLITS = ("leave_one_out", "temporal", "none")
 VALIDATIONS = ("none", "last")
+LEAST_MEMORY_GB = 0.5
 TIMESTAMP_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -52,6 +53,11 @@ class PrepareConfig:
     feature_columns: list[str] = _option([], "event_log: numeric columns to keep for each event, such as a label.")
     item_metadata: str | None = _option(None, "event_log: CSV or Parquet file with a row per item.")
     item_metadata_id: str | None = _option(None, "event_log: its column of item ids; default: the name of item_column.")
+    max_memory_gb: float | None = _option(
+        None,
+        "event_log: group out of core within about this much memory, on disk beside output_dir; a killed call goes on "
+        "where it was. Default: all in memory.",
+    )
     title_column: str | None = _option(None, "event_log: its column of titles; default: title, where there is one.")
 
     def __post_init__(self) -> None:
@@ -60,6 +66,8 @@ class PrepareConfig:
         _one_of("timestamp_unit", self.timestamp_unit, tuple(TIMESTAMP_UNITS))
         if not 0 < self.test_fraction < 0.5:
             raise ValueError(f"test_fraction must lie between 0 and 0.5, got {self.test_fraction}")
+        if self.max_memory_gb is not None and self.max_memory_gb < LEAST_MEMORY_GB:
+            raise ValueError(f"max_memory_gb must be at least {LEAST_MEMORY_GB}, got {self.max_memory_gb}")
         for name in ("num_users", "num_items"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

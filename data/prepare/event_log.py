@@ -1,6 +1,7 @@
 """Any log of events in a CSV or Parquet file, by the names of its columns."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,6 +19,7 @@ OPTIONS = frozenset(
         "item_metadata",
         "item_metadata_id",
         "title_column",
+        "max_memory_gb",
     }
 )
 
@@ -33,11 +35,7 @@ def read(config: PrepareConfig) -> EventLog:
     table = read_table(path)
     if not len(table):
         raise ValueError(f"{path} is empty: it holds no events")
-    taken = sorted(RESERVED.intersection(config.feature_columns))
-    if taken:
-        raise ValueError(
-            f"feature_columns names {', '.join(taken)}, which a dataset folder uses itself: rename the column in {path}"
-        )
+    check_features(config)
     times = None
     if config.timestamp_column:
         times = seconds(column(table, config.timestamp_column, path, "timestamp_column"), config.timestamp_unit, path)
@@ -48,10 +46,24 @@ def read(config: PrepareConfig) -> EventLog:
         features={
             name: numbers(column(table, name, path, "feature_columns"), name, path) for name in config.feature_columns
         },
-        item_metadata=_item_metadata(config),
-        source=str(path),
-        notes=() if config.timestamp_column else ("no timestamp_column was given: the order of the file is the time",),
+        **about(config),
     )
+
+
+def check_features(config: PrepareConfig) -> None:
+    """ValueError where a feature has the name of a column that a dataset folder has anyway."""
+    taken = sorted(RESERVED.intersection(config.feature_columns))
+    if taken:
+        raise ValueError(
+            f"feature_columns names {', '.join(taken)}, which a dataset folder uses itself: rename the column in "
+            f"{config.source}"
+        )
+
+
+def about(config: PrepareConfig) -> dict[str, Any]:
+    """What is known of the log besides its events."""
+    notes = () if config.timestamp_column else ("no timestamp_column was given: the order of the file is the time",)
+    return {"item_metadata": _item_metadata(config), "source": str(Path(config.source or "")), "notes": notes}
 
 
 def _item_metadata(config: PrepareConfig) -> pa.Table | None:

@@ -33,15 +33,11 @@ class EventLog:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.users, self.items = _plain(self.users, "user"), _plain(self.items, "item")
+        self.users, self.items = plain_ids(self.users, "user"), plain_ids(self.items, "item")
         if not len(self.users):
             raise ValueError(f"there are no events in {self.source or 'the log'}: the file is empty")
-        if self.timestamps is not None and (self.timestamps < 0).any():
-            at = int(np.argmax(self.timestamps < 0))
-            raise ValueError(
-                f"event {at + 1} of {self.source} has timestamp {self.timestamps[at]}; timestamps are seconds "
-                "since 1970, not negative: drop or repair such events"
-            )
+        if self.timestamps is not None:
+            check_times(self.timestamps, self.source)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -62,17 +58,27 @@ class EventLog:
         )
 
 
-def _plain(values: pa.Array | pa.ChunkedArray, what: str) -> pa.Array:
-    """int64 or string in one chunk, without nulls."""
+def check_times(timestamps: Int64, source: str, first: int = 0) -> None:
+    """ValueError where a time (int64 [n], of the events from number `first` on) is negative."""
+    if (timestamps < 0).any():
+        at = int(np.argmax(timestamps < 0))
+        raise ValueError(
+            f"event {first + at + 1} of {source} has timestamp {timestamps[at]}; timestamps are seconds "
+            "since 1970, not negative: drop or repair such events"
+        )
+
+
+def plain_ids(values: pa.Array | pa.ChunkedArray, what: str, first: int = 0) -> pa.Array:
+    """Ids as int64 or string in one chunk; ValueError where one is missing (event number `first` is the first)."""
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
     if values.null_count:
         row = pc.index(pc.is_null(values), True).as_py()
-        raise ValueError(f"event {row + 1} has no {what} id: fill it or drop the event")
+        raise ValueError(f"event {first + row + 1} has no {what} id: fill it or drop the event")
     if pa.types.is_integer(values.type):
         return values.cast(pa.int64())
     if pa.types.is_dictionary(values.type):
-        return _plain(values.cast(values.type.value_type), what)
+        return plain_ids(values.cast(values.type.value_type), what, first)
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         return values.cast(pa.string())
     raise ValueError(f"{what} ids are of type {values.type}; they must be integers or text")
@@ -105,10 +111,9 @@ class GroupedLog:
 
     user_ids: original ids [users].  offsets: int64 [users + 1].  item_codes: int64 [events], row of the item in
     `item_ids`. item_ids: original ids [items].  model_ids: int64 [items].  columns: name -> [events]: item_id (model
-    ids), timestamp, features.
+    ids), timestamp, features. item_metadata, ranking, source, notes: those of the log.
     """
 
-    log: EventLog
     user_ids: pa.Array
     offsets: Int64
     item_codes: Int64
@@ -116,6 +121,10 @@ class GroupedLog:
     model_ids: Int64
     id_mapping: str
     columns: Mapping[str, NDArray[Any]]
+    item_metadata: pa.Table | None = None
+    ranking: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> Int64:
@@ -127,7 +136,7 @@ def group(log: EventLog, id_mapping: str | None = None) -> GroupedLog:
     """Group a log by user; `id_mapping` None takes identity for integers and hash for text."""
     user_codes, user_ids = codes_of(log.users)
     item_codes, item_ids = codes_of(log.items)
-    mapping, model_ids = _model_ids(item_ids, id_mapping)
+    mapping, model_ids = model_ids_of(item_ids, id_mapping)
     order = _order(user_codes, log.timestamps)
     item_codes = item_codes[order]
     columns: dict[str, NDArray[Any]] = {"item_id": model_ids[item_codes]}
@@ -135,7 +144,8 @@ def group(log: EventLog, id_mapping: str | None = None) -> GroupedLog:
         columns["timestamp"] = log.timestamps[order]
     columns |= {name: values[order] for name, values in log.features.items()}
     offsets = offsets_of(np.bincount(user_codes, minlength=len(user_ids)))
-    return GroupedLog(log, user_ids, offsets, item_codes, item_ids, model_ids, mapping, columns)
+    about = {name: getattr(log, name) for name in ("item_metadata", "ranking", "source", "notes")}
+    return GroupedLog(user_ids, offsets, item_codes, item_ids, model_ids, mapping, columns, **about)
 
 
 def _order(user_codes: Int64, timestamps: Int64 | None) -> Int64:
@@ -149,7 +159,8 @@ def _order(user_codes: Int64, timestamps: Int64 | None) -> Int64:
     return np.lexsort((timestamps, user_codes))
 
 
-def _model_ids(item_ids: pa.Array, id_mapping: str | None) -> tuple[str, Int64]:
+def model_ids_of(item_ids: pa.Array, id_mapping: str | None) -> tuple[str, Int64]:
+    """The mapping that is used for distinct original ids, and their model ids, int64 [items]."""
     integers = pa.types.is_integer(item_ids.type)
     mapping = id_mapping or ("identity" if integers else "hash")
     if mapping == "vocabulary":

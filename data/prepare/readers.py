@@ -135,8 +135,11 @@ def column(table: pa.Table, name: str, path: Path, option: str | None = None) ->
     return table.column(name)
 
 
-def seconds(values: pa.ChunkedArray, unit: str, path: Path) -> Int64:
-    """Times as int64 seconds since 1970, from numbers in `unit`, timestamps, dates, or text in ISO 8601."""
+def seconds(values: pa.ChunkedArray, unit: str, path: Path, first: int = 0) -> Int64:
+    """Times as int64 seconds since 1970, from numbers in `unit`, timestamps, dates, or text in ISO 8601.
+
+    first: number of events before these, for the message about a bad one.
+    """
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type) or pa.types.is_date(values.type):
         try:
             values = values.cast(pa.timestamp("us"))
@@ -148,7 +151,8 @@ def seconds(values: pa.ChunkedArray, unit: str, path: Path) -> Int64:
     if numbers.dtype.kind == "f":
         bad = np.flatnonzero(~np.isfinite(numbers))
         if len(bad):
-            raise ValueError(f"{path}: event {bad[0] + 1} has timestamp {numbers[bad[0]]}: drop or repair such events")
+            at = first + int(bad[0]) + 1
+            raise ValueError(f"{path}: event {at} has timestamp {numbers[bad[0]]}: drop or repair such events")
     if numbers.dtype.kind not in "iuf":
         raise ValueError(f"{path}: times are of type {values.type}; give seconds since 1970")
     return np.floor_divide(numbers, TIMESTAMP_UNITS[unit]).astype(np.int64)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .config import PrepareConfig
+from .histogram import PLOT_FILE
 from .log import GroupedLog
 from .splits import Split
 from .writer import short_source
@@ -71,11 +72,11 @@ def _date(seconds: int) -> str:
 
 def report_of(config: PrepareConfig, grouped: GroupedLog, split: Split) -> Report:
     """The report of a prepared data set."""
-    remarks = (*split.remarks, *grouped.log.notes)
-    return Report(config.name, str(config.output_dir), grouped.log.source, statistics_of(grouped, split), remarks)
+    remarks = (*split.remarks, *grouped.notes)
+    return Report(config.name, str(config.output_dir), grouped.source, statistics_of(grouped, split), remarks)
 
 
-def card(report: Report, split: Split, id_mapping: str) -> str:
+def card(report: Report, split: Split, id_mapping: str, has_plot: bool) -> str:
     """The dataset card: front matter by which `datasets.load_dataset` finds the splits, then the report."""
     files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in split.rows)
     arguments = ", ".join(f"{key} {value}" for key, value in split.arguments.items())
@@ -97,4 +98,4 @@ tags:
 Split: {arguments}. One row per user, events oldest first; events from index `target_from` on are the targets of the
 row. `items.parquet` is the catalogue; model ids come from the original item ids by {id_mapping}. `schema.json`
 describes the columns.
-"""
+{f"{chr(10)}![events per user]({PLOT_FILE}){chr(10)}" if has_plot else ""}"""

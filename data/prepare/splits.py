@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from grzoo.data.jagged import Int64
+from grzoo.data.jagged import Int64, cut_rows
 from numpy.typing import NDArray
 
 from .config import PrepareConfig
 from .log import GroupedLog
+
+_CHUNK = 1 << 22  # events that are looked at together: the columns may be larger than memory
+_BINS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,24 +69,24 @@ def temporal(grouped: GroupedLog, config: PrepareConfig) -> Split:
     times = grouped.columns.get("timestamp")
     if times is None:
         raise ValueError("a temporal split needs timestamps, and this log has none: use split leave_one_out")
-    ordered = np.sort(times)
+    events = len(times)
     cutoff = config.cutoff
     if cutoff is None:
-        cutoff = int(ordered[min(round(len(ordered) * (1 - config.test_fraction)), len(ordered) - 1)])
-    after = len(ordered) - int(np.searchsorted(ordered, cutoff))
-    if not 0 < after < len(ordered):
-        raise ValueError(
-            f"cutoff {cutoff} leaves {len(ordered) - after} train and {after} test events; "
-            f"the log spans {ordered[0]} to {ordered[-1]}"
-        )
+        cutoff = kth_smallest(times, min(round(events * (1 - config.test_fraction)), events - 1))
     before = _events_before(grouped, times, cutoff)
+    after = events - int(before.sum())
+    if not 0 < after < events:
+        raise ValueError(
+            f"cutoff {cutoff} leaves {events - after} train and {after} test events; "
+            f"the log spans {times.min()} to {times.max()}"
+        )
     arguments: dict[str, Any] = {"kind": "temporal", "cutoff": cutoff, "validation": config.validation}
     rows: dict[str, SplitRows] = {}
     first = before
     if config.validation == "last":
-        if 2 * after >= len(ordered):
+        if 2 * after >= events:
             raise ValueError(f"cutoff {cutoff} leaves too few events before it for a validation part of {after} events")
-        arguments["validation_cutoff"] = int(ordered[len(ordered) - 2 * after])
+        arguments["validation_cutoff"] = kth_smallest(times, events - 2 * after)
         first = _events_before(grouped, times, arguments["validation_cutoff"])
         rows["validation"] = _targets(first, before)
     rows = {"train": _train(first), **rows, "test": _targets(before, grouped.lengths)}
@@ -95,8 +98,29 @@ def temporal(grouped: GroupedLog, config: PrepareConfig) -> Split:
 
 def _events_before(grouped: GroupedLog, times: NDArray[Any], cutoff: int) -> Int64:
     """Events of each user before `cutoff`, int64 [users]."""
-    running = np.concatenate([[0], np.cumsum(times < cutoff)])
-    return np.asarray(np.diff(running[grouped.offsets]), dtype=np.int64)
+    counts = np.zeros(len(grouped.lengths), dtype=np.int64)
+    for first, last in cut_rows(grouped.lengths, _CHUNK):
+        offsets = grouped.offsets[first : last + 1]
+        running = np.concatenate([[0], np.cumsum(times[offsets[0] : offsets[-1]] < cutoff)])
+        counts[first:last] = np.diff(running[offsets - offsets[0]])
+    return counts
+
+
+def kth_smallest(values: Int64, k: int) -> int:
+    """`np.sort(values)[k]` by counting, without a copy of `values` (int [n], mapped ones included)."""
+    low, high = int(values.min()), int(values.max())
+    while low < high:
+        width = -(-(high - low + 1) // _BINS)
+        counts = np.zeros(_BINS, dtype=np.int64)
+        for first in range(0, len(values), _CHUNK):
+            chunk = values[first : first + _CHUNK]
+            inside = chunk[(chunk >= low) & (chunk <= high)]
+            counts += np.bincount((inside - low) // width, minlength=_BINS)
+        below = np.cumsum(counts)
+        place = int(np.searchsorted(below, k, side="right"))
+        k -= int(below[place - 1]) if place else 0
+        low, high = low + place * width, min(high, low + (place + 1) * width - 1)
+    return low
 
 
 def _train(lengths: Int64) -> SplitRows:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from grzoo.data.jagged import Int64, offsets_of, ranges
+from grzoo.data.jagged import Int64, cut_rows, offsets_of, ranges
 from grzoo.data.schema import ITEMS_FILE, SCHEMA_FILE, DatasetSchema, FeatureSpec
 from numpy.typing import NDArray
 
@@ -36,7 +36,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _replace(temporary, target)
+        replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -52,7 +52,8 @@ def check_free(target: Path, overwrite: bool) -> None:
             raise ValueError(f"output_dir {target} is not a dataset folder, --overwrite does not replace it")
 
 
-def _replace(temporary: Path, target: Path) -> None:
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Rename `temporary` to `target`, in place of what is there."""
     old = target.with_name(f"{target.name}.old-{uuid4().hex[:8]}")
     if target.exists():
         os.replace(target, old)
@@ -69,8 +70,8 @@ def schema_of(grouped: GroupedLog, name: str, split: Split, statistics: Mapping[
         user_id_dtype="int64" if pa.types.is_integer(grouped.user_ids.type) else "string",
         split=dict(split.arguments),
         statistics=dict(statistics),
-        source=short_source(grouped.log.source),
-        ranking=dict(grouped.log.ranking),
+        source=short_source(grouped.source),
+        ranking=dict(grouped.ranking),
     )
 
 
@@ -80,32 +81,27 @@ def short_source(source: str) -> str:
 
 
 def write_splits(folder: Path, grouped: GroupedLog, split: Split) -> None:
-    """Write `data/<split>-00000-of-0000N.parquet` for every split."""
-    (folder / "data").mkdir()
+    """Write `data/<split>-00000-of-0000N.parquet` for every split; those that a killed call has left are kept."""
+    (folder / "data").mkdir(exist_ok=True)
     for name, rows in split.rows.items():
-        shards = _cut(rows.length, EVENTS_PER_SHARD)
+        shards = cut_rows(rows.length, EVENTS_PER_SHARD)
         for number, (first, last) in enumerate(shards):
             path = folder / "data" / f"{name}-{number:05d}-of-{len(shards):05d}.parquet"
-            write_shard(path, grouped, SplitRows(*(values[first:last] for values in _columns(rows))))
+            if not path.exists():
+                temporary = path.with_name(f".{path.name}")
+                write_shard(temporary, grouped, SplitRows(*(values[first:last] for values in _columns(rows))))
+                os.replace(temporary, path)
 
 
 def _columns(rows: SplitRows) -> tuple[Int64, Int64, Int64]:
     return rows.user, rows.length, rows.target_from
 
 
-def _cut(lengths: Int64, events: int) -> list[tuple[int, int]]:
-    """Ranges of rows with at most about `events` events each; at least one range."""
-    group = (np.cumsum(lengths) - lengths) // events
-    edges = np.flatnonzero(np.diff(group)) + 1
-    bounds = [0, *edges.tolist(), len(lengths)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
-
-
 def write_shard(path: Path, grouped: GroupedLog, rows: SplitRows) -> None:
     """Write the rows of a split as one Parquet file."""
     writer: pq.ParquetWriter | None = None
     try:
-        for first, last in _cut(rows.length, EVENTS_PER_ROW_GROUP):
+        for first, last in cut_rows(rows.length, EVENTS_PER_ROW_GROUP):
             table = _table(grouped, SplitRows(*(values[first:last] for values in _columns(rows))))
             if writer is None:
                 writer = pq.ParquetWriter(path, table.schema, compression="zstd")
@@ -128,14 +124,17 @@ def _table(grouped: GroupedLog, rows: SplitRows) -> pa.Table:
 def train_counts(grouped: GroupedLog, split: Split) -> NDArray[np.int64]:
     """Events of each item in the train split, int64 [items]."""
     rows = split.rows["train"]
-    events = ranges(grouped.offsets[:-1][rows.user], rows.length)
-    return np.bincount(grouped.item_codes[events], minlength=len(grouped.item_ids))
+    counts = np.zeros(len(grouped.item_ids), dtype=np.int64)
+    for first, last in cut_rows(rows.length, EVENTS_PER_ROW_GROUP):
+        events = ranges(grouped.offsets[:-1][rows.user[first:last]], rows.length[first:last])
+        counts += np.bincount(grouped.item_codes[events], minlength=len(counts))
+    return counts
 
 
 def write_items(folder: Path, grouped: GroupedLog, counts: NDArray[np.int64]) -> None:
     """Write `items.parquet`: every item of the log, joined with what its metadata says."""
     table = pa.table({"item_id": grouped.item_ids, "id": pa.array(grouped.model_ids), "count": pa.array(counts)})
-    metadata = grouped.log.item_metadata
+    metadata = grouped.item_metadata
     if metadata is not None:
         wanted = metadata.column("item_id").cast(grouped.item_ids.type)
         index = pc.index_in(grouped.item_ids, value_set=wanted.combine_chunks())

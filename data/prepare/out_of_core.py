@@ -1,0 +1,270 @@
+"""Group by user of a log larger than memory, by DuckDB's external sort; the folder is that of the log read whole.
+
+Beside the dataset folder lies `NAME.preparing` while it is made:
+    parts/      the log in Parquet files of a few million events, checked and typed
+    users, items   original ids with their events, in the order of the catalogue
+    columns/    events sorted by user and time: a flat file per column, which the writer maps into memory
+    folder/     the dataset folder, renamed when it is complete
+A call that was killed goes on with the first part, event or shard that is missing. Memory does not grow with the
+events, but with users (about 60 bytes each, more for ids that are text) and items.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from grzoo.data.jagged import Int64, offsets_of
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from . import event_log
+from .config import PrepareConfig
+from .log import GroupedLog, model_ids_of
+from .stream import event_files, feature_column, raw_batches, typed, whole_feature
+
+PART_EVENTS = 4_000_000
+_SORTED_BATCH = 1 << 18
+_DUCKDB_SHARE = 0.5  # of the memory; the process itself, and what Arrow and the writer hold, take the rest
+
+
+class OutOfCore:
+    """The preparation of one event log in the folder `work`, which survives a kill.
+
+    Raises ValueError when `work` belongs to another log or other options.
+    """
+
+    def __init__(self, config: PrepareConfig) -> None:
+        for option in ("k_core", "ranking"):
+            if getattr(config, option):
+                raise ValueError(f"{option} needs the whole log in memory: leave it or max_memory_gb away")
+        event_log.check_features(config)
+        self.config = config
+        self.files = event_files(config)
+        target = Path(config.output_dir)
+        self.work = target.with_name(f"{target.name}.preparing")
+        self.folder = self.work / "folder"
+        self._claim()
+
+    def group(self) -> GroupedLog:
+        """The log grouped by user, its events in mapped files."""
+        self._split_into_parts()
+        keys = {name: self._keys(name) for name in ("user", "item")}
+        mapping, model_ids = model_ids_of(keys["item"]["key"], self.config.id_mapping)
+        offsets = offsets_of(keys["user"]["events"])
+        columns = self._sort(offsets, model_ids)
+        about = event_log.about(self.config)
+        codes = columns.pop("item code")
+        return GroupedLog(
+            keys["user"]["key"], offsets, codes, keys["item"]["key"], model_ids, mapping, columns, **about
+        )
+
+    def discard(self) -> None:
+        """Remove the folder of work."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _claim(self) -> None:
+        """Make `work`, or find it as a killed call with the same log and options has left it."""
+        options = {k: v for k, v in asdict(self.config).items() if k not in ("overwrite", "max_memory_gb")}
+        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
+        identity = hashlib.sha256(json.dumps([options, files], sort_keys=True).encode()).hexdigest()
+        self.work.mkdir(parents=True, exist_ok=True)
+        path = self.work / "identity"
+        if path.is_file() and path.read_text() != identity:
+            raise ValueError(
+                f"{self.work} holds the unfinished preparation of another log or with other options: repeat that "
+                "call, or delete the folder"
+            )
+        path.write_text(identity)
+
+    def _parts(self) -> list[Path]:
+        return sorted((self.work / "parts").glob("[0-9]*.parquet"))
+
+    def _split_into_parts(self) -> None:
+        """Write `parts/`; those that exist are complete."""
+        done, folder = self.work / "parts.done", self.work / "parts"
+        if done.exists():
+            return
+        folder.mkdir(exist_ok=True)
+        names = [self.config.user_column, self.config.item_column, *self.config.feature_columns]
+        names += [self.config.timestamp_column] if self.config.timestamp_column else []
+        parts = self._parts()
+        begun = sum(pq.read_metadata(part).num_rows for part in parts)
+        schema = pq.read_schema(parts[0]) if parts else None
+        held: list[pa.Table] = []
+        with _progress("read", begun, None) as bar:
+            for batch in raw_batches(self.files, list(dict.fromkeys(names)), begun):
+                table = typed(batch, self.config, Path(self.config.source or ""))
+                schema = schema or table.schema
+                _check_drift(schema, table.schema, batch.path)
+                held.append(table)
+                bar.update(len(batch))
+                if sum(map(len, held)) >= PART_EVENTS:
+                    _write(pa.concat_tables(held), folder / f"{len(parts):05d}.parquet")
+                    parts.append(folder)
+                    held = []
+            if held:
+                _write(pa.concat_tables(held), folder / f"{len(parts):05d}.parquet")
+        if not self._parts():
+            raise ValueError(f"{self.config.source} is empty: it holds no events")
+        done.touch()
+
+    def _keys(self, name: str) -> pa.Table:
+        """Columns `key` (original ids: ascending integers, or text in order of appearance) and `events`, in one chunk.
+
+        Their rows are the codes of the ids.
+        """
+        path = self.work / f"{name}s.parquet"
+        if not path.is_file():
+            text = pa.types.is_string(pq.read_schema(self._parts()[0]).field(name).type)
+            order = "first" if text else "key"
+            grouped = f"SELECT {name} AS key, count(*) AS events, min(row) AS first FROM parts GROUP BY {name}"
+            ordered = f"SELECT *, row_number() OVER (ORDER BY {order}) - 1 AS code FROM ({grouped}) ORDER BY {order}"
+            with _progress(f"{name}s", 0, 1), self._database() as database:
+                database.execute(f"COPY ({ordered}) TO '{_sql(path)}.tmp' (FORMAT parquet)")
+            os.replace(f"{path}.tmp", path)
+        keys = pq.read_table(path).combine_chunks()
+        assert np.array_equal(keys["code"].to_numpy(), np.arange(len(keys)))
+        return keys
+
+    @contextmanager
+    def _database(self) -> Iterator[Any]:
+        """A DuckDB connection with the view `parts`, and `users` and `items` where they are made."""
+        duckdb = _duckdb()
+        assert self.config.max_memory_gb is not None
+        spill = self.work / "spill"
+        settings = {
+            "memory_limit": f"{int(self.config.max_memory_gb * _DUCKDB_SHARE * 1000)}MB",
+            "temp_directory": str(spill),
+            "preserve_insertion_order": False,
+        }
+        sources = {"parts": self.work / "parts" / "[0-9]*.parquet"}
+        sources |= {name: self.work / f"{name}.parquet" for name in ("users", "items")}
+        try:
+            with duckdb.connect(config=settings) as database:
+                for name, path in sources.items():
+                    if name == "parts" or path.is_file():
+                        database.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{_sql(path)}')")
+                yield database
+        except duckdb.Error as error:
+            raise OSError(
+                f"{error}; raise max_memory_gb or make room on the disk of {self.work}, then repeat the call: it goes "
+                "on where it was"
+            ) from error
+
+    def _sort(self, offsets: Int64, model_ids: Int64) -> dict[str, NDArray[Any]]:
+        """The columns of the sorted events, and `item code`, mapped into memory."""
+        schema = pq.read_schema(self._parts()[0])
+        dtypes: dict[str, Any] = {"item code": np.int64, "item_id": np.int64}
+        dtypes |= {"timestamp": np.int64} if self.config.timestamp_column else {}
+        nulls = self._features_with_nulls(schema)
+        for name in self.config.feature_columns:
+            kind = schema.field(feature_column(name)).type
+            dtypes[name] = np.float32 if nulls[name] else kind.to_pandas_dtype()
+        folder, done = self.work / "columns", self.work / "sorted"
+        folder.mkdir(exist_ok=True)
+        begun = int(done.read_text()) if done.is_file() else 0
+        columns = {name: _mapped(folder / name, dtype, int(offsets[-1]), begun > 0) for name, dtype in dtypes.items()}
+        at = begun
+        with _progress("sort", begun, int(offsets[-1])) as bar:
+            for batch in self._sorted_batches(int(np.searchsorted(offsets, begun))) if begun < offsets[-1] else ():
+                here = slice(at, at + len(batch))
+                codes = batch.column("code").to_numpy()
+                columns["item code"][here] = codes
+                columns["item_id"][here] = model_ids[codes]
+                if "timestamp" in columns:
+                    columns["timestamp"][here] = batch.column("timestamp").to_numpy()
+                for name in self.config.feature_columns:
+                    columns[name][here] = whole_feature(batch.column(feature_column(name)), nulls[name])
+                at += len(batch)
+                bar.update(len(batch))
+                # Whole users only, so that the rest can be sorted alone.
+                sure = int(offsets[np.searchsorted(offsets, at, side="right") - 1])
+                if sure - begun >= PART_EVENTS or at == offsets[-1]:
+                    for values in columns.values():
+                        values.flush()
+                    _write_text(done, str(sure))
+                    begun = sure
+        return columns
+
+    def _sorted_batches(self, first_user: int) -> Iterator[pa.RecordBatch]:
+        """Events of the users from code `first_user` on: `code` of the item, `timestamp`, features."""
+        wanted = [feature_column(name) for name in self.config.feature_columns]
+        order = ["u.code", "p.row"]
+        if self.config.timestamp_column:
+            wanted.append("timestamp")
+            order.insert(1, "p.timestamp")
+        names = "".join(f', p."{_sql(name, quote=chr(34))}"' for name in wanted)
+        with self._database() as database:
+            query = database.sql(
+                f"SELECT i.code{names} FROM parts p JOIN users u ON p.user = u.key JOIN items i ON p.item = i.key "
+                f"WHERE u.code >= {first_user} ORDER BY {', '.join(order)}"
+            )
+            yield from query.to_arrow_reader(_SORTED_BATCH)
+
+    def _features_with_nulls(self, schema: pa.Schema) -> dict[str, bool]:
+        """Which integer features have no value somewhere."""
+        found = {}
+        for name in self.config.feature_columns:
+            path = feature_column(name)
+            at = schema.get_field_index(path)
+            integers = pa.types.is_integer(schema.field(path).type)
+            found[name] = integers and any(_null_count(part, at) for part in self._parts())
+        return found
+
+
+def _null_count(part: Path, column: int) -> int:
+    metadata = pq.read_metadata(part)
+    return sum(metadata.row_group(k).column(column).statistics.null_count for k in range(metadata.num_row_groups))
+
+
+def _duckdb() -> Any:
+    try:
+        import duckdb
+    except ImportError as error:
+        raise ValueError("max_memory_gb needs DuckDB: pip install 'grzoo[scale]'") from error
+    return duckdb
+
+
+def _check_drift(expected: pa.Schema, found: pa.Schema, path: Path) -> None:
+    for field in expected:
+        other = found.field(field.name).type
+        if other != field.type:
+            name = field.name.removeprefix("feature ")
+            raise ValueError(
+                f"{path}: {name} is of type {other}, in the files before it {field.type}: bring all to one type"
+            )
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _mapped(path: Path, dtype: Any, events: int, continued: bool) -> NDArray[Any]:
+    return np.memmap(path, dtype=dtype, mode="r+" if continued else "w+", shape=(events,))
+
+
+def _sql(text: Any, quote: str = "'") -> str:
+    """Text inside quotes of an SQL statement."""
+    return str(text).replace(quote, 2 * quote)
+
+
+def _progress(what: str, begun: int, total: int | None) -> Any:
+    # tqdm's None: hidden where there is no terminal.
+    return tqdm(desc=what, initial=begun, total=total, unit=" events", unit_scale=True, disable=None)
