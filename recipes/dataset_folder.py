@@ -52,7 +52,7 @@ def find_or_prepare(arguments: DataArguments, options: dict[str, Any], runtime: 
             _warn_of_other_settings(arguments, options, DatasetSchema.load(folder))
             return str(folder)
         with user_errors():
-            report = prepare(arguments.dataset, folder, source=_source(arguments), **options)
+            report = prepare(arguments.dataset, folder, source=source_of(arguments), **options)
         print("\n".join(f"data     {line}" for line in report.lines()), flush=True)
         return str(folder)
 
@@ -82,7 +82,7 @@ def check_options(options: dict[str, Any]) -> None:
             raise UserError(f"unknown data option {key!r}{near(key, known)}")
 
 
-def _source(arguments: DataArguments) -> str | None:
+def source_of(arguments: DataArguments) -> str | None:
     """Raw files: as told, else those below $GRZOO_DATA, else None (download)."""
     if arguments.source or not os.environ.get("GRZOO_DATA"):
         return arguments.source
@@ -104,7 +104,7 @@ def _warn_of_other_settings(arguments: DataArguments, options: dict[str, Any], s
 
 def _cache_folder(arguments: DataArguments, options: dict[str, Any]) -> Path:
     """A folder named by the log and by everything that shapes it, so that changed settings are prepared anew."""
-    source = _source(arguments)
+    source = source_of(arguments)
     files = sorted(Path(source).rglob("*")) if source and Path(source).is_dir() else [Path(source)] if source else []
     state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     key = hashlib.sha256(json.dumps([options, source, state], sort_keys=True).encode()).hexdigest()[:12]

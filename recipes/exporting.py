@@ -21,6 +21,7 @@ def export(
     baseline: dict[str, float],
     conditions: dict[str, str],
     command: str,
+    split: str = "test",
 ) -> None:
     """Writes `folder` for `AutoModelForRetrieval.from_pretrained` and `GenRecProcessor.from_pretrained`. Collective.
 
@@ -31,6 +32,7 @@ def export(
         metrics, baseline: test metrics of the model and of popularity, for the card.
         conditions: what the run was made with.
         command: the command line that made it.
+        split: what the metrics are of.
     """
     disable_progress_bar()  # of the few files that transformers writes
     dense = DenseState(engine.deepspeed)
@@ -39,5 +41,7 @@ def export(
     model.save_pretrained(folder, state_dict=weights)
     if engine.deepspeed.global_rank == 0:
         GenRecProcessor.from_dataset(data.folder, max_length=model.config.max_sequence_length).save_pretrained(folder)
-        card = model_card(model, data, metrics=metrics, baseline=baseline, conditions=conditions, command=command)
+        card = model_card(
+            model, data, metrics=metrics, baseline=baseline, conditions=conditions, command=command, split=split
+        )
         (folder / "README.md").write_text(card)

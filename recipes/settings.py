@@ -45,18 +45,24 @@ class Settings:
     training: TrainingArguments
     model_options: dict[str, Any]
     data_options: dict[str, Any]
+    more: tuple[Any, ...] = ()
 
 
-def read_settings(argv: Sequence[str]) -> Settings:
+def read_settings(argv: Sequence[str], *more: type) -> Settings:
     """Parses and checks the settings of a training run.
+
+    Args:
+        more: argument classes that a recipe has besides; their values are `Settings.more`.
 
     Raises:
         UserError: unknown, malformed or impossible settings.
     """
-    values, sections = parse(_CLASSES, argv)
-    common, data, evaluation, optimizer, step, training = values
+    values, sections = parse([*_CLASSES, *more], argv)
+    common, data, evaluation, optimizer, step, training = values[: len(_CLASSES)]
     options = {"model_options": sections["model"], "data_options": sections["data"]}
-    settings = Settings(common, data, evaluation, optimizer, step, training, **options)
+    settings = Settings(
+        common, data, evaluation, optimizer, step, training, **options, more=tuple(values[len(_CLASSES) :])
+    )
     for group in values:
         for name in _POSITIVE:
             value = getattr(group, name, None)

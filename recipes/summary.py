@@ -15,7 +15,7 @@ def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int
     """Name -> text of everything that decides what the run computes and how fast.
 
     Args:
-        total_steps: optimizer steps of the run.
+        total_steps: optimizer steps of the run; 0 where it has no known end.
     """
     model, step, optimizer = engine.module, settings.step, settings.optimizer
     return {
@@ -30,7 +30,7 @@ def describe(settings: Settings, data: LoadedData, engine: Any, total_steps: int
         "ranks": f"{runtime.world_size} on {_device_name(engine.device)}, ZeRO stage {engine.config.stage}, "
         f"{engine.config.dtype}, table kernels {_backends(engine)}",
         "step": f"{step.global_batch_size} users over all ranks, {_budget(step)}, "
-        f"{_labels(settings, model)}, {total_steps:,} steps",
+        f"{_labels(settings, model)}" + (f", {total_steps:,} steps" if total_steps else ""),
         "optimizers": f"dense adamw lr {optimizer.learning_rate:g}, tables {optimizer.sparse_optimizer} lr "
         f"{optimizer.table_learning_rate:g}, schedule {optimizer.lr_scheduler_type}, "
         f"clipping {optimizer.max_grad_norm or 'off'}, seed {settings.training.seed}",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from grzoo.data import StepLoader
-from grzoo.embeddings.engine.folder import candidates
 from grzoo.recipes.assembly import build_engine, build_loader, build_model, build_model_config
 from grzoo.recipes.best_model import build_best_model
 from grzoo.recipes.dataset_folder import LoadedData, find_or_prepare, has_split, load
@@ -34,10 +33,10 @@ from grzoo.recipes.ranking import (
 )
 from grzoo.recipes.recommending import recommend_to_row, table
 from grzoo.recipes.report import metrics_table, write_report
-from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
+from grzoo.recipes.runtime import Runtime, connect, run, user_errors
 from grzoo.recipes.settings import Settings, read_settings
 from grzoo.recipes.summary import describe
-from grzoo.recipes.training import TrainingLoop, total_steps
+from grzoo.recipes.training import TrainingLoop, checkpoint_to_resume, total_steps
 
 
 def main(runtime: Runtime, argv: list[str]) -> None:
@@ -50,7 +49,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     config, loader, evaluators, make_model = _parts(settings, data, runtime)
     evaluate = evaluators[data.evaluation_split]
     best = build_best_model(settings.training, data.evaluation_split, evaluate.metric_names)
-    resume_from = _checkpoint_to_resume(settings)
+    resume_from = checkpoint_to_resume(settings.training)
     steps = total_steps(settings.training, len(loader.sampler))
     model = make_model()
     init_from = Path(settings.training.init_from) if settings.training.init_from and not resume_from else None
@@ -187,23 +186,6 @@ def _evaluators(settings: Settings, data: LoadedData, config: Any, runtime: Runt
             )
             for split in splits
         }
-
-
-def _checkpoint_to_resume(settings: Settings) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means; None for 'last' when output_dir has no checkpoint yet.
-
-    For 'last' that is output_dir itself: the engine takes the newest checkpoint that is not damaged.
-    """
-    wanted = settings.training.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted in ("last", "true", "True"):
-        output_dir = Path(settings.training.output_dir or "")
-        return output_dir if candidates(output_dir) else None
-    path = Path(wanted)
-    if not path.is_dir():
-        raise UserError(f"no checkpoint folder {wanted!r} for --resume_from_checkpoint; 'last' takes the newest")
-    return path
 
 
 if __name__ == "__main__":

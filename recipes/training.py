@@ -9,6 +9,7 @@ from typing import Any
 
 from grzoo.data import GlobalStep, StepLoader
 from grzoo.embeddings.engine import GenRecEngine, StepOutput
+from grzoo.embeddings.engine.folder import candidates
 from grzoo.embeddings.engine.rotation import rotate
 from tqdm import tqdm
 
@@ -264,3 +265,20 @@ def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
         return arguments.max_steps
     # Rounded first: 1.1 epochs of 10 steps are 11.000000000000002 in floating point.
     return math.ceil(round(arguments.num_train_epochs * steps_per_epoch, 6))
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
+    """The folder that `--resume_from_checkpoint` means; None for 'last' when output_dir has no checkpoint yet.
+
+    For 'last' that is output_dir itself: the engine takes the newest checkpoint that is not damaged.
+    """
+    wanted = arguments.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted in ("last", "true", "True"):
+        output_dir = Path(arguments.output_dir or "")
+        return output_dir if candidates(output_dir) else None
+    path = Path(wanted)
+    if not path.is_dir():
+        raise UserError(f"no checkpoint folder {wanted!r} for --resume_from_checkpoint; 'last' takes the newest")
+    return path

@@ -29,6 +29,7 @@ __all__ = [
     "names",
     "prepare",
     "prepare_log",
+    "read_log",
 ]
 
 _COMMON = frozenset(
@@ -59,6 +60,22 @@ def prepare(name: str, output_dir: str | Path, source: str | Path | None = None,
     options: fields of PrepareConfig.  Raises ValueError or FileNotFoundError naming what is wrong; then no folder is
     made.
     """
+    config, reader = _reader(name, output_dir, source, options)
+    check_free(Path(config.output_dir), config.overwrite)
+    if config.max_memory_gb is not None and reader is event_log.read:
+        return _prepare_out_of_core(config)
+    return prepare_log(reader(config), config)
+
+
+def read_log(name: str, source: str | Path | None = None, **options: Any) -> EventLog:
+    """The events of a data set, in the order of its files; arguments and errors as for `prepare`."""
+    config, reader = _reader(name, "", source, options)
+    return reader(config)
+
+
+def _reader(
+    name: str, output_dir: str | Path, source: str | Path | None, options: dict[str, Any]
+) -> tuple[PrepareConfig, _Reader]:
     config = PrepareConfig(
         name=name, output_dir=str(output_dir), source=None if source is None else str(source), **options
     )
@@ -66,12 +83,9 @@ def prepare(name: str, output_dir: str | Path, source: str | Path | None = None,
     if name not in readers:
         raise ValueError(f"there is no data set {name!r}; there are {', '.join(names())}")
     reader, known = readers[name]
-    check_free(Path(config.output_dir), config.overwrite)
     for option in sorted(config.changed() - known - _COMMON):
-        warnings.warn(f"option {option} has no effect on {name}", stacklevel=2)
-    if config.max_memory_gb is not None and reader is event_log.read:
-        return _prepare_out_of_core(config)
-    return prepare_log(reader(config), config)
+        warnings.warn(f"option {option} has no effect on {name}", stacklevel=3)
+    return config, reader
 
 
 def _prepare_out_of_core(config: PrepareConfig) -> Report:
