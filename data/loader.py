@@ -174,6 +174,10 @@ class StepLoader:
         """Steps from the position to the end of its epoch."""
         return len(self.sampler.positions(*self._position))
 
+    def balance_by(self, cost: Cost) -> None:
+        """Divide the following iterations' steps by another cost, the same on every rank; what a step holds stays."""
+        self._steps.cost = cost
+
     def step_at(self, epoch: int, cursor: int) -> GlobalStep:
         """The step at a position, computed here."""
         return self._steps.build(epoch, cursor)

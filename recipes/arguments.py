@@ -43,6 +43,8 @@ class DataArguments:
     max_candidates: int = option(50, "Ranking: exposures of a user in one sample at most.")
     num_recent: int = option(20, "Ranking: events before a sample's first exposure that count as real-time history.")
     dataloader_num_workers: int = option(0, "Processes that build batches; 0: in the training process.")
+    dataloader_prefetch_factor: int | None = option(None, "Steps that each of them builds ahead; default: 2.")
+    dataloader_pin_memory: bool = option(True, "Batches in pinned memory, where they go to a GPU.")
 
 
 @dataclass
@@ -90,6 +92,11 @@ class StepArguments:
     max_tokens_per_device: int | None = option(None, "Events of one micro-batch at most; default: no limit.")
     micro_batches: int | None = option(
         None, "Micro-batches per step and rank; default: the fewest that keep within max_tokens_per_device."
+    )
+    calibrate_cost: bool = option(
+        False,
+        "Before training, measure what samples of several lengths take, and balance by that instead of by FLOPs; "
+        "results stay, the time of a step changes.",
     )
     negative_sampling: Literal["uniform", "shared", "all"] = option(
         "uniform",

@@ -9,6 +9,7 @@ import torch
 from grzoo.data import (
     AllItems,
     Catalogue,
+    EventDataset,
     GenRecCollator,
     GlobalBatchSampler,
     RecentFirst,
@@ -97,17 +98,12 @@ def build_loader(settings: Settings, data: LoadedData, config: Any, runtime: Run
     """
     step = settings.step
     with user_errors():
-        negatives = _negatives(step, data.catalogue)
-        seed = settings.training.seed
-        collator = GenRecCollator(
-            data.train,
-            max_length=settings.data.max_length,
-            seed=seed,
-            negatives=negatives,
-            windows=window_policy(settings.data, seed),
-        )
+        collator = build_collator(settings, data.train, data.catalogue)
         sampler = GlobalBatchSampler(
-            len(collator.windows), step.global_batch_size, seed=seed, block_size=settings.data.shuffle_block_size
+            len(collator.windows),
+            step.global_batch_size,
+            seed=settings.training.seed,
+            block_size=settings.data.shuffle_block_size,
         )
         return StepLoader(
             data.train,
@@ -118,9 +114,32 @@ def build_loader(settings: Settings, data: LoadedData, config: Any, runtime: Run
             cost=config.flops,
             max_tokens_per_device=step.max_tokens_per_device,
             micro_batches=step.micro_batches,
-            num_workers=settings.data.dataloader_num_workers,
-            pin_memory=not settings.common.use_cpu and torch.cuda.is_available(),
+            **worker_options(settings),
         )
+
+
+def worker_options(settings: Settings) -> dict[str, Any]:
+    """How batches are built and kept, in the arguments of StepLoader; warns of a setting without effect."""
+    data = settings.data
+    if data.dataloader_prefetch_factor is not None and not data.dataloader_num_workers:
+        warnings.warn("--dataloader_prefetch_factor has no effect with --dataloader_num_workers 0", stacklevel=2)
+    return {
+        "num_workers": data.dataloader_num_workers,
+        "prefetch_factor": data.dataloader_prefetch_factor or 2,
+        "pin_memory": data.dataloader_pin_memory and not settings.common.use_cpu and torch.cuda.is_available(),
+    }
+
+
+def build_collator(settings: Settings, dataset: EventDataset, catalogue: Catalogue) -> GenRecCollator:
+    """Windows, keys and negatives of the settings, over a data set."""
+    seed = settings.training.seed
+    return GenRecCollator(
+        dataset,
+        max_length=settings.data.max_length,
+        seed=seed,
+        negatives=_negatives(settings.step, catalogue),
+        windows=window_policy(settings.data, seed),
+    )
 
 
 def window_policy(arguments: DataArguments, seed: int) -> WindowPolicy:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .assembly import worker_options
 from .click_metrics import click_metrics
 from .dataset_folder import LoadedData, has_split
 from .evaluation import gather
@@ -108,7 +109,7 @@ def build_ranking_loader(settings: Settings, data: LoadedData, config: RankingCo
             cost=config.flops,
             max_tokens_per_device=step.max_tokens_per_device,
             micro_batches=step.micro_batches,
-            num_workers=settings.data.dataloader_num_workers,
+            **worker_options(settings),
         )
 
 

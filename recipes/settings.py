@@ -25,6 +25,7 @@ _POSITIVE = (
     "eval_epochs",
     "eval_batch_size",
     "save_steps",
+    "dataloader_prefetch_factor",
     "early_stopping_patience",
     "max_tokens_per_device",
     "micro_batches",

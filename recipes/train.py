@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from grzoo.data import StepLoader
-from grzoo.recipes.assembly import build_engine, build_loader, build_model, build_model_config
+from grzoo.recipes.assembly import build_collator, build_engine, build_loader, build_model, build_model_config
 from grzoo.recipes.best_model import build_best_model
+from grzoo.recipes.calibration import measured_cost
 from grzoo.recipes.dataset_folder import LoadedData, find_or_prepare, has_split, load
 from grzoo.recipes.deepspeed_config import resolve
 from grzoo.recipes.evaluation import Evaluator
@@ -33,7 +35,7 @@ from grzoo.recipes.ranking import (
 )
 from grzoo.recipes.recommending import recommend_to_row, table
 from grzoo.recipes.report import metrics_table, write_report
-from grzoo.recipes.runtime import Runtime, connect, run, user_errors
+from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
 from grzoo.recipes.settings import Settings, read_settings
 from grzoo.recipes.summary import describe
 from grzoo.recipes.training import TrainingLoop, checkpoint_to_resume, total_steps
@@ -44,13 +46,15 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     settings = read_settings(argv)
     with user_errors():
         deepspeed = resolve(settings.training.deepspeed_config, settings.step, settings.optimizer, runtime.world_size)
-    connect(runtime, use_cpu=settings.common.use_cpu, local_rank=settings.common.local_rank)
+    device = connect(runtime, use_cpu=settings.common.use_cpu, local_rank=settings.common.local_rank)
     data = load(find_or_prepare(settings.data, settings.data_options, runtime))
     config, loader, evaluators, make_model = _parts(settings, data, runtime)
     evaluate = evaluators[data.evaluation_split]
     best = build_best_model(settings.training, data.evaluation_split, evaluate.metric_names)
     resume_from = checkpoint_to_resume(settings.training)
     steps = total_steps(settings.training, len(loader.sampler))
+    if settings.step.calibrate_cost:
+        _calibrate(settings, data, loader, make_model, device, runtime)
     model = make_model()
     init_from = Path(settings.training.init_from) if settings.training.init_from and not resume_from else None
     if init_from is not None:
@@ -112,6 +116,29 @@ def _parts(
     config = build_model_config(settings, has_timestamps=data.train.has_timestamps, num_items=len(data.catalogue))
     loader = build_loader(settings, data, config, runtime)
     return config, loader, _evaluators(settings, data, config, runtime), lambda: build_model(settings, config)
+
+
+def _calibrate(
+    settings: Settings,
+    data: LoadedData,
+    loader: StepLoader,
+    make_model: Callable[[], Any],
+    device: torch.device,
+    runtime: Runtime,
+) -> None:
+    """Has the loader balance by measured time."""
+    if is_ranking(settings.model_options.get("model_type")):
+        raise UserError("--calibrate_cost measures retrieval models; ranking models are balanced by their FLOPs")
+    cost = measured_cost(
+        make_model,
+        lambda dataset: build_collator(settings, dataset, data.catalogue),
+        data.catalogue.ids,
+        min(settings.data.max_length, int(data.train.lengths.max()) - 1),
+        device,
+        runtime,
+    )
+    loader.balance_by(cost)
+    runtime.say(f"{'balance':<12} measured: {cost.linear:.3g} s per token + {cost.quadratic:.3g} s per squared length")
 
 
 def _finish(
