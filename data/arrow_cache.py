@@ -170,7 +170,7 @@ def _arrow_type(feature: FeatureSpec) -> pa.DataType:
 
 def _checked_batches(path: Path, schema: DatasetSchema, arrow_schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file ({error}); prepare the data again") from error
     missing = [name for name in arrow_schema.names if name not in file.schema_arrow.names]
@@ -180,13 +180,23 @@ def _checked_batches(path: Path, schema: DatasetSchema, arrow_schema: pa.Schema)
     for group in range(file.num_row_groups):
         try:
             table = file.read_row_group(group, columns=arrow_schema.names)
-            table = table.select(arrow_schema.names).cast(arrow_schema).combine_chunks()
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, OSError) as error:
-            raise ValueError(f"{path}, row group {group}, does not fit schema.json: {error}") from error
-        for batch in table.to_batches():
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path}, row group {group}, is damaged ({error}): copy the file again") from error
+        columns = [_cast(table[field.name], field, path, group) for field in arrow_schema]
+        for batch in pa.table(columns, schema=arrow_schema).combine_chunks().to_batches():
             _check_rows(batch, schema, path, first_row)
             yield batch
             first_row += batch.num_rows
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, path: Path, group: int) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(
+            f"{path}, row group {group}, does not fit schema.json: {field.name!r} is {column.type} there and "
+            f"{field.type} in the schema ({error}); prepare the data again"
+        ) from error
 
 
 def _check_rows(batch: pa.RecordBatch, schema: DatasetSchema, path: Path, first_row: int) -> None:
@@ -198,12 +208,15 @@ def _check_rows(batch: pa.RecordBatch, schema: DatasetSchema, path: Path, first_
         uneven = np.flatnonzero(column.value_lengths().to_numpy(zero_copy_only=False) != lengths)
         if len(uneven):
             raise ValueError(f"{path}, row {first_row + uneven[0]}: {feature.name!r} and item_id have unequal lengths")
-    if (
-        schema.has_timestamps
-        and len(column := pc.list_flatten(batch.column("timestamp")))
-        and pc.min(column).as_py() < 0
-    ):
-        raise ValueError(f"{path}: negative timestamp {pc.min(column).as_py()}; timestamps are seconds since 1970")
+    if schema.has_timestamps:
+        times = pc.list_flatten(batch.column("timestamp")).to_numpy(zero_copy_only=False)
+        if len(times) and times.min() < 0:
+            at = int(times.argmin())
+            row = first_row + int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+            raise ValueError(
+                f"{path}, row {row}: negative timestamp {times[at]}; timestamps are seconds since 1970: repair or "
+                "drop that event"
+            )
     targets = batch.column(TARGET_COLUMN).to_numpy(zero_copy_only=False)
     if batch.column(TARGET_COLUMN).null_count or (targets < 0).any():
         raise ValueError(f"{path}: target_from must be an index >= 0 in every row")

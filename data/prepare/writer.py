@@ -104,7 +104,7 @@ def write_shard(path: Path, grouped: GroupedLog, rows: SplitRows) -> None:
         for first, last in cut_rows(rows.length, EVENTS_PER_ROW_GROUP):
             table = _table(grouped, SplitRows(*(values[first:last] for values in _columns(rows))))
             if writer is None:
-                writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+                writer = pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
             writer.write_table(table, row_group_size=max(1, len(table)))
     finally:
         if writer is not None:

@@ -111,7 +111,9 @@ def test_arrays_in_memory_are_checked() -> None:
     ("change", "message"),
     [
         ({"timestamp": [[10, 20], [], [5], [6, 7]]}, "row 0: 'timestamp' and item_id have unequal lengths"),
-        ({"timestamp": [[10, 20, 30], [], [5], [6, -7]]}, "negative timestamp -7"),
+        ({"timestamp": [[10, 20, 30], [], [5], [6, -7]]}, "train-0.*parquet, row 3: negative timestamp -7.*repair"),
+        ({"timestamp": [[10, 20, 30], [], [5], [6, float("nan")]]}, "row group 3.*'timestamp' is list.*double.*nan"),
+        ({"rating": [[1.0, 2.0], [], [0.5], [4.0, 5.0]]}, "row 0: 'rating' and item_id have unequal lengths"),
         ({"item_id": [[1, 2, 3], [], [None], [5, 6]]}, "'item_id' holds nulls"),
         ({"item_id": [[1, 2, 3], [], None, [5, 6]]}, "'item_id' holds nulls"),
         ({"item_id": [["a", "2", "3"], [], ["4"], ["5", "6"]]}, "does not fit schema.json"),
@@ -135,11 +137,26 @@ def test_missing_splits_and_shards_and_broken_files(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:40])
     with pytest.raises(ValueError, match="not a readable Parquet file"):
         EventDataset.from_folder(tmp_path)
+    write(tmp_path, ROWS, shards=2)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match="1 of 2 shards"):
         EventDataset.from_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="not a dataset folder"):
         EventDataset.from_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_one_flipped_bit_in_a_shard_is_found(synthetic_folder: Path, tmp_path: Path, place: float) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(synthetic_folder, folder, ignore=shutil.ignore_patterns(".cache"))
+    (shard,) = folder.glob("data/train-*")
+    column = pq.read_metadata(shard).row_group(0).column(1)
+    data = bytearray(shard.read_bytes())
+    first = column.data_page_offset + 40  # behind the page's header
+    data[first + int(place * (column.total_compressed_size - 60))] ^= 8
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match="train-0.*parquet, row group 0, is damaged.*copy the file again"):
+        EventDataset.from_folder(folder)
 
 
 def test_shards_that_differ_from_each_other(tmp_path: Path) -> None:
@@ -149,7 +166,7 @@ def test_shards_that_differ_from_each_other(tmp_path: Path) -> None:
     times = table.column_names.index("timestamp")
     drifted = {
         r"lacks the columns \['timestamp'\]": table.drop_columns(["timestamp"]),
-        "train-00001.*row group 0, does not fit schema.json": table.set_column(
+        "train-00001.*row group 0, does not fit schema.json: 'timestamp' is list.*double": table.set_column(
             times, "timestamp", pa.array([[float("nan")] * len(x) for x in table["item_id"].to_pylist()])
         ),
         "train-00001.*does not fit": table.set_column(times, "timestamp", pa.array([1] * len(table))),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,14 @@ from grzoo.data import (
     GenRecCollator,
     GlobalBatchSampler,
     GlobalStep,
+    RankingCollator,
+    RecentFirst,
     SharedNegatives,
+    SlidingWindows,
     StepLoader,
+    StochasticLength,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 
@@ -29,19 +34,43 @@ def events() -> EventDataset:
     """50 rows of 1 to 29 events."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 30, 50)
-    columns = {"item_id": np.arange(lengths.sum()) % 97, "timestamp": np.arange(lengths.sum())}
+    events = np.arange(lengths.sum())
+    columns = {"item_id": events % 97, "timestamp": events, "like": (events % 2).astype(np.int8)}
     return EventDataset.from_arrays(columns, lengths, generator.integers(0, 9, 50))
 
 
-def loader(dataset: EventDataset, batch: int = 16, **options: Any) -> StepLoader:
+def loader(dataset: EventDataset, batch: int = 16, policy: str = "recent", **options: Any) -> StepLoader:
+    """A loader of one of POLICIES."""
+    if policy == "ranking":
+        ranking = RankingCollator(dataset, max_length=12, max_candidates=4, num_recent=3, tasks=["like"], seed=4)
+        return StepLoader(dataset, GlobalBatchSampler(len(ranking.windows), batch, seed=2), ranking, **options)
     negatives = SharedNegatives(np.arange(97), np.ones(97), 6)
-    collator = GenRecCollator(dataset, max_length=12, seed=4, negatives=negatives)
-    return StepLoader(dataset, GlobalBatchSampler(len(dataset), batch, seed=2), collator, **options)
+    windows = POLICIES[policy.removesuffix(" in blocks")]
+    collator = GenRecCollator(dataset, max_length=12, seed=4, negatives=negatives, windows=windows)
+    block_size = 5 if policy.endswith("in blocks") else None
+    sampler = GlobalBatchSampler(len(collator.windows), batch, seed=2, block_size=block_size)
+    return StepLoader(dataset, sampler, collator, **options)
+
+
+POLICIES: dict[str, Any] = {
+    "recent": RecentFirst,
+    "sliding": SlidingWindows,
+    "stochastic": partial(StochasticLength, alpha=1.3, seed=9),
+}
+EVERY_ORDER = [*POLICIES, *(f"{name} in blocks" for name in POLICIES), "ranking"]
 
 
 def content(steps: list[GlobalStep]) -> Any:
     """What a global step holds, whatever its split: denominators, negatives and tokens sorted by key."""
     first = steps[0]
+    if "candidate_ids" in first.micro_batches[0]:
+        exposed = [
+            row
+            for step in steps
+            for batch in step.micro_batches
+            for row in zip(*(batch[n][0].tolist() for n in ("candidate_keys", "candidate_ids", "labels")), strict=True)
+        ]
+        return first.step, first.end, first.num_items_in_batch, sorted(exposed)
     tokens = [
         row
         for step in steps
@@ -116,24 +145,25 @@ def test_resume_at_another_world_size_repeats_and_loses_nobody(dataset: EventDat
     assert first + run(after, 8 - stop) == whole
 
 
-@settings(max_examples=15)
+@pytest.mark.parametrize("policy", EVERY_ORDER)
+@settings(max_examples=5)
 @given(
     stops=st.lists(st.integers(0, 5), max_size=3),
-    places=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0, 0, 1, 2])), min_size=4, max_size=4),
+    places=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0, 0, 0, 1, 2])), min_size=4, max_size=4),
     batch=st.integers(7, 30),
 )
 def test_any_stops_ranks_and_workers_give_the_uninterrupted_sequence(
-    stops: list[int], places: list[tuple[int, int]], batch: int
+    policy: str, stops: list[int], places: list[tuple[int, int]], batch: int
 ) -> None:
     dataset = events()
     total = 9
-    reference = loader(dataset, batch)
+    reference = loader(dataset, batch, policy)
     whole = [content([step]) for _ in range(total) for step in reference][:total]
     served: list[Any] = []
     state: dict[str, Any] | None = None
     for (world, workers), steps in zip(places, [*stops, *[total] * 4], strict=False):
-        first = loader(dataset, batch, world_size=world, rank=0, num_workers=workers)
-        ranks = [first, *(loader(dataset, batch, world_size=world, rank=rank) for rank in range(1, world))]
+        first = loader(dataset, batch, policy, world_size=world, rank=0, num_workers=workers)
+        ranks = [first, *(loader(dataset, batch, policy, world_size=world, rank=rank) for rank in range(1, world))]
         for one in ranks:
             if state is not None:
                 one.load_state_dict(json.loads(json.dumps(state)))
@@ -145,6 +175,47 @@ def test_any_stops_ranks_and_workers_give_the_uninterrupted_sequence(
                     break
         (state,) = {json.dumps(one.state_dict()): one.state_dict() for one in ranks}.values()
     assert served == whole[: len(served)] and len(served) >= min(total, sum(stops))
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    batch=st.integers(1, 12),
+    world=st.integers(1, 6),
+    budget=st.one_of(st.none(), st.integers(12, 60)),
+    policy=st.sampled_from([name for name in EVERY_ORDER if name != "ranking"]),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_trains_each_event_at_most_once_whatever_the_lengths(
+    lengths: list[int], batch: int, world: int, budget: int | None, policy: str, epoch: int
+) -> None:
+    """Over all ranks: no event twice, every user with a target, equal counts, budgets kept."""
+    assume(policy.startswith(("recent", "stochastic")) or max(lengths) > 1)
+    items = np.arange(sum(lengths))
+    dataset = EventDataset.from_arrays({"item_id": items}, lengths)
+    ranks = []
+    for rank in range(world):
+        made = loader(dataset, batch, policy, world_size=world, rank=rank, max_tokens_per_device=budget)
+        made._position = (epoch, 0)
+        ranks.append(list(made))
+    served: list[int] = []
+    for parts in zip(*ranks, strict=True):
+        assert len({(len(part.micro_batches), part.num_items_in_batch) for part in parts}) == 1
+        for micro_batch in (micro_batch for part in parts for micro_batch in part.micro_batches):
+            assert budget is None or micro_batch["input_ids"].numel() <= budget
+            served += micro_batch["labels"][micro_batch["label_mask"]].tolist()
+    assert len(served) == len(set(served))
+    starts = np.cumsum(lengths) - lengths
+    every = {int(s + e) for s, n in zip(starts, lengths, strict=True) for e in range(1, n)}
+    last = {int(s + n - 1) for s, n in zip(starts, lengths, strict=True) if n > 1}
+    assert last <= set(served) <= every and (not policy.startswith("sliding") or set(served) == every)
+
+
+def test_more_ranks_than_users_get_empty_micro_batches() -> None:
+    dataset = EventDataset.from_arrays({"item_id": np.arange(9)}, [4, 5])
+    ranks = [list(loader(dataset, 8, world_size=5, rank=rank)) for rank in range(5)]
+    sizes = sorted(step.micro_batches[0]["input_ids"].numel() for (step,) in ranks)
+    assert sizes == [0, 0, 0, 3, 4] and {step.num_items_in_batch for (step,) in ranks} == {7}
 
 
 def test_start_continues_inside_an_epoch(dataset: EventDataset) -> None:
