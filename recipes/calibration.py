@@ -39,7 +39,7 @@ def measured_cost(
 
 def measure(model: Any, collate: Collate, item_ids: Any, longest: int) -> TimeCost:
     """Time forward and backward of `model` on samples of a few lengths up to `longest`, about as many tokens each."""
-    lengths = sorted({max(1, round(share * longest)) for share in _SHARES} | {1, max(2, longest)})[1:]
+    lengths = sorted({max(1, round(share * max(2, longest))) for share in _SHARES})
     batches = {length: _batch(collate, item_ids, length, max(1, 2 * longest // length)) for length in lengths}
     device = next(model.parameters()).device
     model.train()

@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from grzoo.data.jagged import Int64, offsets_of
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import event_log
@@ -160,7 +159,7 @@ class OutOfCore:
                 "on where it was"
             ) from error
 
-    def _sort(self, offsets: Int64, model_ids: Int64) -> dict[str, NDArray[Any]]:
+    def _sort(self, offsets: Int64, model_ids: Int64) -> dict[str, np.memmap[Any, Any]]:
         """The columns of the sorted events, and `item code`, mapped into memory."""
         schema = pq.read_schema(self._parts()[0])
         dtypes: dict[str, Any] = {"item code": np.int64, "item_id": np.int64}
@@ -256,7 +255,7 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _mapped(path: Path, dtype: Any, events: int, continued: bool) -> NDArray[Any]:
+def _mapped(path: Path, dtype: Any, events: int, continued: bool) -> np.memmap[Any, Any]:
     return np.memmap(path, dtype=dtype, mode="r+" if continued else "w+", shape=(events,))
 
 

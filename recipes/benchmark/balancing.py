@@ -227,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for comparison in compare(case, world_size, micro_batches, steps, sampler_steps)
     ]
     write_rows([row for comparison in comparisons for row in comparison.rows()], options.csv)
-    shown = [x for x in comparisons if x.world_size == max(WORLDS) and x.micro_batches == 1 and x.cost == "hstu"]
+    most = [x for x in comparisons if x.world_size == max(WORLDS) and x.case.headline]
+    shown = [x for x in most if x.micro_batches == 1 and x.cost == "hstu"]
     panels = {f"{x.case.name} <= {x.case.max_length:,}": [x.rank_costs("random"), x.rank_costs("ours")] for x in shown}
     plot(panels, ("random", "ours"), f"step ({max(WORLDS)} ranks x {USERS_PER_RANK} users)", options.plot)
     print_headline(headline(comparisons))
