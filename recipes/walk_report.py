@@ -1,10 +1,13 @@
 """Report and plot of a walk over the periods of a log, made from metrics.jsonl alone."""
 
+import csv
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .metrics_log import read_metrics
+from .provenance import commit, device
 
 _COLUMNS = ("events", "users", "new_users", "new_items", "targets")
 _METRICS = ("ndcg@10", "hr@10", "hr@50", "mrr")
@@ -27,7 +30,7 @@ def mean_over_targets(lines: Sequence[Mapping[str, Any]], prefix: str) -> dict[s
 
 
 def write_walk_report(output_dir: Path, *, title: str, conditions: Mapping[str, Any]) -> Path:
-    """Write `output_dir/report.md`: conditions, a row per period, means, and a plot where matplotlib is installed."""
+    """Write `output_dir/report.md` (conditions, a row per period, means, a plot with matplotlib) and periods.csv."""
     lines = periods_of(output_dir)
     shown = [name for name in _METRICS if any(f"eval/{name}" in line for line in lines)]
     header = ["period", *_COLUMNS, *shown, *(f"popularity {name}" for name in shown[:2])]
@@ -44,9 +47,20 @@ def write_walk_report(output_dir: Path, *, title: str, conditions: Mapping[str, 
     parts += ["## Every period, before it was trained", _table(rows)]
     if _plot(output_dir / "periods.png", lines):
         parts.append("![periods](periods.png)")
+    _write_csv(output_dir / "periods.csv", lines)
     path = output_dir / "report.md"
     path.write_text("\n\n".join(parts) + "\n")
     return path
+
+
+def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """The periods as CSV rows that carry their conditions."""
+    about = {"device": device(), "torch": version("torch"), "grzoo": version("grzoo"), "commit": commit()}
+    names = list(dict.fromkeys(name for line in lines for name in line if name != "epoch"))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*names, *about], lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**line, **about} for line in lines)
 
 
 def _plot(path: Path, lines: Sequence[Mapping[str, Any]]) -> bool:

@@ -43,6 +43,7 @@ def test_each_period_is_ranked_and_then_trained(walked: Path) -> None:
         dataset = EventDataset.from_folder(walked / "dataset", f"day_{number + 1:05d}")
         targets = np.maximum(dataset.lengths - dataset.target_from, 0).sum()
         assert line["period/targets"] == targets > 0 and 0 <= line["eval/hr@10"] <= 1
+    assert len((walked / "periods.csv").read_text().splitlines()) == 5
     assert {"report.md", "periods.png", "export", "dataset"} <= {path.name for path in walked.iterdir()}
     report = (walked / "report.md").read_text()
     assert "| 2021-01 |" in report and "popularity ndcg@10" in report
