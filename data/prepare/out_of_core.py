@@ -6,7 +6,7 @@ Beside the dataset folder lies `NAME.preparing` while it is made:
     columns/    events sorted by user and time: a flat file per column, which the writer maps into memory
     folder/     the dataset folder, renamed when it is complete
 A call that was killed goes on with the first part, event or shard that is missing. Memory does not grow with the
-events, but with users (about 60 bytes each, more for ids that are text) and items.
+events, but with users (about 120 bytes each, more for ids that are text) and items.
 """
 
 import hashlib
