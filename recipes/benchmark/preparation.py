@@ -3,7 +3,7 @@
     python -m grzoo.recipes.benchmark.preparation --quick
 
 A log of random events (users and items by Zipf's law, times in random order, one numeric feature) is written as
-Parquet, larger in memory than the limit of the out-of-core path. Fresh processes prepare it, taking turns:
+Parquet, larger in memory than the limit of the out-of-core path. A fresh process prepares it by each path:
     in memory    the whole log as Arrow and NumPy arrays
     out of core  DuckDB's external sort within --max_memory_gb
 `own_mib` is the most memory of its own that the process held (mapped files, whose pages the system can take back, are
@@ -106,33 +106,27 @@ def digest(folder: Path) -> str:
     return state.hexdigest()
 
 
-def measure(events: int, rounds: int) -> list[dict[str, Any]]:
-    """CSV rows, one per path: medians of the rounds."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in PATHS}
-    digests = set()
+def measure(events: int) -> list[dict[str, Any]]:
+    """CSV rows, one per path."""
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "log.parquet"
         write_log(log, events)
-        for round_number in range(rounds):
-            for path, memory in list(PATHS.items())[:: 1 if round_number % 2 == 0 else -1]:
-                output = Path(name) / f"{path.replace(' ', '-')}-{round_number}"
-                found[path].append(prepare_in_process(log, output, memory))
-                digests.add(digest(output))
+        outputs = {path: Path(name) / path.replace(" ", "-") for path in PATHS}
+        found = {path: prepare_in_process(log, outputs[path], memory) for path, memory in PATHS.items()}
+        same = len({digest(output) for output in outputs.values()}) == 1
     rows = []
-    for path, each in found.items():
-        seconds = float(np.median([one["seconds"] for one in each]))
+    for path, one in found.items():
         about: dict[str, Any] = {"events": events, "log_mib": round(events * BYTES_PER_EVENT / 2**20), "path": path}
-        about |= {"limit_mib": round((PATHS[path] or 0) * 1e9 / 2**20) or "", "rounds": rounds}
-        about |= {"seconds": round(seconds, 2), "events_per_second": round(events / seconds)}
-        about |= {key: round(max(one[key] for one in each)) for key in ("own_mib", "idle_mib")}
-        rows.append(about | {"same": len(digests) == 1})
+        about |= {"limit_mib": round((PATHS[path] or 0) * 1e9 / 2**20) or "", "seconds": round(one["seconds"], 2)}
+        about |= {"events_per_second": round(events / one["seconds"]), "same": same}
+        rows.append(about | {key: round(one[key]) for key in ("own_mib", "idle_mib")})
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write rows, end with the headline figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="4 million events instead of 40, one round")
+    parser.add_argument("--quick", action="store_true", help="4 million events instead of 40")
     parser.add_argument("--events", type=int, default=None, help="size of the log")
     parser.add_argument("--csv", type=Path, default=None, help="append the rows to this file")
     parser.add_argument("--child", nargs=3, metavar=("LOG", "OUTPUT", "MEMORY"), help=argparse.SUPPRESS)
@@ -140,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.child:
         _child(*options.child)
         return
-    rows = measure(options.events or (4_000_000 if options.quick else 40_000_000), 1)
+    rows = measure(options.events or (4_000_000 if options.quick else 40_000_000))
     write_rows(rows, options.csv)
     inside, outside = rows
     figures: dict[str, Any] = {"time_vs_in_memory": round(outside["seconds"] / inside["seconds"], 2)}
