@@ -86,9 +86,7 @@ def collator_of(dataset: EventDataset, longest: int) -> GenRecCollator:
 def build_model(longest: int) -> HSTUForRetrieval:
     """HSTU in the paper's size for MovieLens-1M, equal whenever it is built."""
     torch.manual_seed(0)
-    config = HSTUConfig(
-        max_sequence_length=longest, max_position_embeddings=longest + 11, num_negatives=NEGATIVES, num_items=ITEMS
-    )
+    config = HSTUConfig(max_sequence_length=longest, max_position_embeddings=longest + 11, num_negatives=NEGATIVES)
     return HSTUForRetrieval(config)
 
 
