@@ -26,6 +26,8 @@ _POSITIVE = (
     "eval_batch_size",
     "save_steps",
     "dataloader_prefetch_factor",
+    "epochs_per_period",
+    "walk_periods",
     "early_stopping_patience",
     "max_tokens_per_device",
     "micro_batches",

@@ -8,6 +8,7 @@ of its own, begun alike, and all train the same global batches, taking turns at 
     balanced  equal cost, by the model's FLOPs
     measured  equal cost, by the time of samples of some lengths, measured beforehand
 `ratio` is tokens per second over those of `random`, all steps together, and `p10`, `p90` of the single steps;
+`cpu_ratio` is the same of the CPU time of the slower rank of each step, which other work on the machine changes little;
 `expected` is the ratio if time were the FLOPs of the model (`balanced`) or the measured cost (`measured`);
 `loss_difference` the largest relative difference of a step's loss from that of `random`: they differ by rounding only.
 Batches are made beforehand; the time is that of the engine's step.
@@ -136,6 +137,7 @@ def train(workload: Workload, rank: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     losses: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     slowest: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     tokens = []
     for number in range(workload.steps + 1):  # the first step warms up
         rows = np.arange(number * workload.users, (number + 1) * workload.users)
@@ -147,15 +149,17 @@ def train(workload: Workload, rank: int) -> list[dict[str, Any]]:
         for name in turn:
             step = step_of(collator, rows, number, rank, plans[name])
             dist.barrier()
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             output = engines[name].train_batch(step)
-            dist.barrier()
+            spent = torch.tensor(time.process_time() - cpu_began, dtype=torch.float64)
+            dist.all_reduce(spent, op=dist.ReduceOp.MAX)
             seconds[name].append(time.perf_counter() - began)
+            cpu_seconds[name].append(float(spent))
             losses[name].append(output.loss)
             slowest[name].append({key: _slowest(cost, lengths, plans[name]) for key, cost in costs.items()})
     for engine in engines.values():
         engine.destroy()
-    return [_row(workload, name, seconds, losses, slowest, tokens) for name in CONTESTANTS]
+    return [_row(workload, name, seconds, cpu_seconds, losses, slowest, tokens) for name in CONTESTANTS]
 
 
 def _agreed_cost(workload: Workload, rank: int) -> Cost:
@@ -177,6 +181,7 @@ def _row(
     workload: Workload,
     name: str,
     seconds: dict[str, list[float]],
+    cpu_seconds: dict[str, list[float]],
     losses: dict[str, list[float]],
     slowest: dict[str, list[dict[str, float]]],
     tokens: list[int],
@@ -198,6 +203,7 @@ def _row(
         "ratio": round(float(random.sum() / mine.sum()), 4),
         "p10": round(float(low), 4),
         "p90": round(float(high), 4),
+        "cpu_ratio": round(sum(cpu_seconds["random"][1:]) / sum(cpu_seconds[name][1:]), 4),
         "expected": round(expected, 4),
         "loss_difference": float(f"{np.abs(found / reference - 1).max():.2g}"),
     }
@@ -224,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures: dict[str, Any] = {}
     for name in ("balanced", "measured"):
         figures[f"{name}_vs_random"] = min(row["ratio"] for row in rows if row["contestant"] == name)
+        figures[f"{name}_vs_random_cpu"] = min(row["cpu_ratio"] for row in rows if row["contestant"] == name)
     figures["loss_difference"] = max(row["loss_difference"] for row in rows)
     print_headline(figures | {"workloads": list(dict.fromkeys(row["workload"] for row in rows))})
 

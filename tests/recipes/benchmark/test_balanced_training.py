@@ -34,8 +34,12 @@ def test_figures_of_two_steps_by_hand() -> None:
     losses = {"random": [3.0, 2.0, 1.0], "balanced": [3.0, 2.0, 1.001]}
     slowest = {name: [{"balanced": x, "measured": 1.0} for x in each] for name, each in seconds.items()}
     slowest["balanced"] = [{"balanced": 1.5, "measured": 1.0}] * 3
-    row = balanced_training._row(workload, "balanced", seconds, losses, slowest, [1, 30, 60])
-    assert row["ratio"] == 2.0 and row["tokens_per_second"] == 30 and row["mean_tokens"] == 45
+    row = balanced_training._row(
+        workload, "balanced", seconds, {"random": [9, 3, 3], "balanced": [9, 2, 2]}, losses, slowest, [1, 30, 60]
+    )
+    assert (
+        row["ratio"] == 2.0 and row["cpu_ratio"] == 1.5 and row["tokens_per_second"] == 30 and row["mean_tokens"] == 45
+    )
     assert row["expected"] == 2.0 and row["loss_difference"] == 1e-3 and row["median_ms"] == 1500
 
 
