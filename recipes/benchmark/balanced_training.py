@@ -59,12 +59,11 @@ class Workload:
 
 def workloads(quick: bool) -> list[Workload]:
     """Zipf lengths, and MovieLens-1M's where $GRZOO_DATA holds it."""
-    steps = 4 if quick else 12
-    longest = 512 if quick else 1024
-    zipf = np.minimum(zipf_lengths(20_000), longest)
-    found = [Workload(f"zipf <= {longest:,}", zipf, 32, steps)]
+    steps, longest = (4, 512) if quick else (24, 2048)
+    found = [Workload(f"zipf <= {longest:,}", np.minimum(zipf_lengths(20_000), longest), 16, steps)]
     events = movielens_events("ml-1m")
     if events is not None:
+        longest = min(longest, 1024)
         found.append(Workload(f"ml-1m <= {longest:,}", np.minimum(events - 1, longest), 32, steps))
     return found
 
