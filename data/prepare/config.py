@@ -5,7 +5,7 @@ from typing import Any
 
 SPLITS = ("leave_one_out", "temporal", "none")
 VALIDATIONS = ("none", "last")
-LEAST_MEMORY_GB = 0.5
+LEAST_MEMORY_GB = 0.6
 TIMESTAMP_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 

@@ -32,7 +32,7 @@ from .stream import event_files, feature_column, raw_batches, typed, whole_featu
 
 PART_EVENTS = 4_000_000
 _SORTED_BATCH = 1 << 18
-_DUCKDB_SHARE = 0.5  # of the memory; the process itself, and what Arrow and the writer hold, take the rest
+_PROCESS_GB = 0.35  # of the memory: what the process, Arrow and the writer take; DuckDB has the rest
 
 
 class OutOfCore:
@@ -141,7 +141,7 @@ class OutOfCore:
         assert self.config.max_memory_gb is not None
         spill = self.work / "spill"
         settings = {
-            "memory_limit": f"{int(self.config.max_memory_gb * _DUCKDB_SHARE * 1000)}MB",
+            "memory_limit": f"{int((self.config.max_memory_gb - _PROCESS_GB) * 1000)}MB",
             "temp_directory": str(spill),
             "preserve_insertion_order": False,
         }

@@ -30,7 +30,7 @@ from grzoo.data.prepare import prepare
 
 from .reporting import print_headline, write_rows
 
-MEMORY_GB = 0.5
+MEMORY_GB = 0.6
 CHUNK = 2_000_000
 BYTES_PER_EVENT = 4 * 8  # user, item, time, feature
 PATHS = {"in memory": None, "out of core": MEMORY_GB}

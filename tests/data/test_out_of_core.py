@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def both(tmp_path: Path, source: Path, **options: Any) -> tuple[dict[str, bytes], dict[str, bytes]]:
     prepare("event_log", tmp_path / "whole" / "out", source, **options)
-    prepare("event_log", tmp_path / "parts" / "out", source, max_memory_gb=0.5, **options)
+    prepare("event_log", tmp_path / "parts" / "out", source, max_memory_gb=0.6, **options)
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["out"], "the folder of work is gone"
     return contents(tmp_path / "whole" / "out"), contents(tmp_path / "parts" / "out")
 
@@ -132,7 +132,7 @@ def test_a_killed_call_goes_on_where_it_was(
         owner = getattr(module, owner) if owner else module
         patch.setattr(owner, attribute, stops(getattr(owner, attribute), after))
         with pytest.raises(KeyboardInterrupt):
-            prepare("event_log", tmp_path / "out", source, max_memory_gb=0.5, **OPTIONS)
+            prepare("event_log", tmp_path / "out", source, max_memory_gb=0.6, **OPTIONS)
     assert not (tmp_path / "out").exists()
     work = tmp_path / "out.preparing"
     kept = [*work.glob("parts/0*"), *work.glob("folder/data/t*")]
@@ -142,7 +142,7 @@ def test_a_killed_call_goes_on_where_it_was(
     monkeypatch.setattr(
         out_of_core.OutOfCore, "discard", lambda self: untouched.extend(x.stat().st_mtime_ns == 5 for x in kept[:1])
     )
-    prepare("event_log", tmp_path / "out", source, max_memory_gb=0.5, **OPTIONS)
+    prepare("event_log", tmp_path / "out", source, max_memory_gb=0.6, **OPTIONS)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert all(untouched) and (after == 0 or kept)
 
@@ -152,12 +152,12 @@ def test_sigkill_leaves_no_dataset_and_no_lost_work(tmp_path: Path) -> None:
     code = (
         "import os, sys, grzoo.data.prepare as p\n"
         "p.write_items = lambda *a: os.kill(os.getpid(), 9)\n"
-        "p.prepare('event_log', sys.argv[1], sys.argv[2], max_memory_gb=0.5)\n"
+        "p.prepare('event_log', sys.argv[1], sys.argv[2], max_memory_gb=0.6)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out"), str(source)]
     assert subprocess.run(command, capture_output=True).returncode == -9
     assert not (tmp_path / "out").exists() and (tmp_path / "out.preparing" / "sorted").exists()
-    prepare("event_log", tmp_path / "out", source, max_memory_gb=0.5)
+    prepare("event_log", tmp_path / "out", source, max_memory_gb=0.6)
     prepare("event_log", tmp_path / "whole", source)
     names = {"schema.json", "items.parquet", "README.md", "lengths.png"}
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "out")
@@ -169,9 +169,9 @@ def test_another_call_does_not_take_up_the_work(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(out_of_core.OutOfCore, "_sort", stops(out_of_core.OutOfCore._sort, 0))
         with pytest.raises(KeyboardInterrupt):
-            prepare("event_log", tmp_path / "out", source, max_memory_gb=0.5)
+            prepare("event_log", tmp_path / "out", source, max_memory_gb=0.6)
     with pytest.raises(ValueError, match=r"out.preparing holds the unfinished preparation of another log.*delete"):
-        prepare("event_log", tmp_path / "out", source, max_memory_gb=0.5, split="none")
+        prepare("event_log", tmp_path / "out", source, max_memory_gb=0.6, split="none")
     prepare("event_log", tmp_path / "out", source, max_memory_gb=1)
     assert not (tmp_path / "out.preparing").exists()
 
@@ -194,7 +194,7 @@ def test_bad_logs_are_named_and_leave_nothing(tmp_path: Path, name: str, values:
     source = write(tmp_path / "raw", table(int), "parquet")
     pq.write_table(drifted(table(int), name, values).slice(2345), source / "b.parquet")
     with pytest.raises(ValueError, match=message):
-        prepare("event_log", tmp_path / "out", source, max_memory_gb=0.5, **OPTIONS)
+        prepare("event_log", tmp_path / "out", source, max_memory_gb=0.6, **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
@@ -202,22 +202,22 @@ def test_a_corrupt_file_and_other_impossible_calls(tmp_path: Path, monkeypatch: 
     source = write(tmp_path / "raw", table(int), "parquet")
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="k_core needs the whole log in memory"):
-        prepare("event_log", out, source, max_memory_gb=0.5, k_core=5)
-    with pytest.raises(ValueError, match="max_memory_gb must be at least 0.5, got 0.1"):
+        prepare("event_log", out, source, max_memory_gb=0.6, k_core=5)
+    with pytest.raises(ValueError, match="max_memory_gb must be at least 0.6, got 0.1"):
         prepare("event_log", out, source, max_memory_gb=0.1)
     with pytest.raises(ValueError, match="a.parquet has no column 'when'; it has user_id"):
-        prepare("event_log", out, source, max_memory_gb=0.5, timestamp_column="when")
+        prepare("event_log", out, source, max_memory_gb=0.6, timestamp_column="when")
     (tmp_path / "log.jsonl").write_text('{"user_id": 1, "item_id": 2}\n')
     with pytest.raises(ValueError, match="log.jsonl cannot be read in parts: leave max_memory_gb away"):
-        prepare("event_log", out, tmp_path / "log.jsonl", max_memory_gb=0.5)
+        prepare("event_log", out, tmp_path / "log.jsonl", max_memory_gb=0.6)
     monkeypatch.setitem(sys.modules, "duckdb", None)
     with pytest.raises(ValueError, match="needs DuckDB: pip install"):
-        prepare("event_log", out, source, max_memory_gb=0.5)
+        prepare("event_log", out, source, max_memory_gb=0.6)
     monkeypatch.undo()
     data = (source / "b.parquet").read_bytes()
     (source / "b.parquet").write_bytes(data[:1000] + b"\0" * 200 + data[1200:])
     with pytest.raises(ValueError, match="b.parquet"):
-        prepare("event_log", out, source, max_memory_gb=0.5)
+        prepare("event_log", out, source, max_memory_gb=0.6)
     with pytest.warns(UserWarning, match="max_memory_gb has no effect on synthetic"):
         prepare("synthetic", out, max_memory_gb=1, num_users=20, num_items=30, mean_length=6.0)
 

@@ -22,5 +22,5 @@ def test_the_log_is_as_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_both_paths_make_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preparation.main(["--events", "50000", "--csv", str(tmp_path / "rows.csv")])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert figures["same"] is True and figures["limit_mib"] == 477 and figures["own_mib"] > 50
+    assert figures["same"] is True and figures["limit_mib"] == 572 and figures["own_mib"] > 50
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
