@@ -14,8 +14,10 @@ from grzoo.recipes.arguments import (
 )
 from grzoo.recipes.assembly import build_model_config
 from grzoo.recipes.parsing import build_config, parse
+from grzoo.recipes.periods import WalkArguments
 from grzoo.recipes.runtime import UserError
 from grzoo.recipes.settings import read_settings
+from grzoo.recipes.walk_days import PeriodTraining
 
 ALL = [CommonArguments, DataArguments, EvaluationArguments, OptimizerArguments, StepArguments, TrainingArguments]
 
@@ -96,11 +98,12 @@ def test_unknown_hyperparameter_names_near_ones():
 HSTU = ["hstu_synthetic", "hstu_ml1m", "hstu_ml100k", "hstu_beauty", "hstu_sports"]
 SASREC = ["sasrec_ml1m", "sasrec_ml100k", "sasrec_beauty", "sasrec_sports"]
 RANKING = ["mtgr_ml1m", "mtgr_ml100k", "dlrm_hstu_ml100k", "dlrm_ml100k"]  # trained a step in test_ranking.py
+WALK = ["walk_ml_latest_small"]
 
 
 def test_every_shipped_configuration_is_tested():
     folder = Path(__file__).parents[2] / "recipes" / "configs"
-    assert {path.stem for path in folder.glob("*.yaml")} == {*HSTU, *SASREC, *RANKING}
+    assert {path.stem for path in folder.glob("*.yaml")} == {*HSTU, *SASREC, *RANKING, *WALK}
 
 
 @pytest.mark.parametrize("name", RANKING)
@@ -133,3 +136,11 @@ def test_impossible_hyperparameter_is_one_line():
         build_model_config(settings, has_timestamps=False, num_items=100)
     assert "\n" not in str(error.value)
     assert "validation error" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", WALK)
+def test_shipped_walks_train_every_event(name):
+    settings = read_settings(["--config", name, "--output_dir", "x"], WalkArguments, PeriodTraining)
+    assert settings.data.windows == "sliding" and settings.more[0].period == "month"
+    config = build_model_config(settings, has_timestamps=True, num_items=10)
+    assert config.max_sequence_length == settings.data.max_length
