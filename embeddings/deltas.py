@@ -26,8 +26,8 @@ class Delta:
 def take_delta(collection: "DynamicEmbeddingCollection", base: int) -> Delta:
     """Return what changed on this rank since the clock was `base`, and take the deleted ids from the log.
 
-    Rows that were used or imported since, with their state; a row that went and came back is there once, as it is now.
-    Shared rows and ids that wait for admission are not part of it.
+    Rows that were used since, or imported (without a `last_use` from before), with their state; a row that went and
+    came back is there once, as it is now. Shared rows and ids that wait for admission are not part of it.
 
     Args:
         collection: tables that track their use (`TableConfig(track_use=True)` or an eviction policy).
@@ -42,17 +42,21 @@ def take_delta(collection: "DynamicEmbeddingCollection", base: int) -> Delta:
     untracked = [name for name, config in collection.tables.items() if not config.tracks_use]
     if untracked:
         raise ValueError(f"tables {untracked} do not know which rows changed: give them TableConfig(track_use=True)")
+    for name in collection.table_names:  # all of them before one of the logs is emptied
+        position, logical = collection.places[name]
+        log = collection.physical[position].side.get("evicted")
+        if log is not None and log.dropped[logical]:
+            raise ValueError(
+                f"the log of table {name!r} lost {log.dropped[logical]} deletions: save all rows, drain_evicted() each "
+                "table, and take deltas more often"
+            )
     rows, deleted = {}, {}
     for name in collection.table_names:
         found = collection.export_rows(name)
         changed = found[LAST_USE] >= base  # those used in step `base` once more: an import after it looks the same
         rows[name] = {column: values[changed] for column, values in found.items()}
-        log = collection.drain_evicted(name)
-        if log.dropped:
-            raise ValueError(
-                f"the log of table {name!r} lost {log.dropped} deletions: save all rows, and take deltas more often"
-            )
-        deleted[name] = log.ids[~torch.isin(log.ids, found["ids"])]
+        gone = collection.drain_evicted(name).ids
+        deleted[name] = gone[~torch.isin(gone, found["ids"])]
     return Delta(base, collection.clock, rows, deleted)
 
 

@@ -217,7 +217,7 @@ class FileWriter:
         try:
             return os.pwrite(self._descriptor, buffer, at)
         except OSError as error:
-            if not self._is_direct or error.errno != errno.EINVAL:
+            if self._threads is None or error.errno != errno.EINVAL:  # another thread may just have turned it off
                 raise
         self._is_direct = bypass_cache(self._descriptor, False)  # a file system with other rules than ours
         return os.pwrite(self._descriptor, buffer, at)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import TableConfig
-from .files import DamagedFile, Fingerprint
+from .files import DamagedFile, Fingerprint, fingerprint
 from .hashing import HASH_VERSION, NUM_BUCKETS, bucket, bucket_range
 from .index import describe_optimizer, read_index, shard_files
 from .kernels import Slot
@@ -96,6 +96,7 @@ def load_tables(
                 targets += [_Target(side, *place, dict(SIDE_COLUMNS)) for side, place in sides.items()]
                 _load_shard(targets, file, shard, span, expected)
         if metadata.get("shared_rows"):
+            _check_shared(Path(folder), fingerprints)
             load_shared(collection, fresh, Path(folder) / SHARED_FILE, names, state=with_state)
     except MemoryError as error:
         problem = error
@@ -267,7 +268,7 @@ def _load_shard(
     expected: Fingerprint | None,
 ) -> None:
     """Read the rows of buckets [span) of one shard in the order of the file; all of it when that is `expected`."""
-    wanted: dict[str, tuple[_Target, str]] = {}
+    wanted: dict[str, list[tuple[_Target, str]]] = {}  # several tables may start from one of the file
     order: dict[str, OrderCheck] = {}
     ranges: dict[str, tuple[int, int]] = {}
     for target in targets:
@@ -280,16 +281,23 @@ def _load_shard(
         target.rows = start, stop = _row_range(file, target.name, shard["buckets"], span)
         target.handles = torch.empty(stop - start, dtype=torch.int64, device="cpu")
         order[target.name] = OrderCheck(where, span)
-        wanted |= {f"{target.name}.{column}": (target, column) for column in columns}
+        for column in columns:
+            wanted.setdefault(f"{target.name}.{column}", []).append((target, column))
         ranges |= {f"{target.name}.{column}": (start, stop) for column in columns}
     with contextlib.closing(file.stream(ranges, expected)) as pieces:
         for name, at, values in pieces:
-            target, column = wanted[name]
-            if column == IDS:
-                order[target.name].check(values)
-                target.insert(values, at)
-            else:
-                target.write(column, values, at)
+            if name.endswith(f".{IDS}"):
+                order[wanted[name][0][0].name].check(values)
+            for target, column in wanted[name]:
+                if column == IDS:
+                    target.insert(values, at)
+                else:
+                    target.write(column, values, at)
+
+
+def _check_shared(folder: Path, fingerprints: Mapping[str, Fingerprint] | None) -> None:
+    if fingerprints is not None and fingerprint(folder / SHARED_FILE) != fingerprints.get(SHARED_FILE):
+        raise DamagedFile(f"{folder} is damaged: the checksum of {SHARED_FILE} is wrong")
 
 
 def _table_target(

@@ -134,6 +134,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             if physical is table:
                 keep = ~torch.isin(rows.handles, handles)
                 rows.tables, rows.handles, rows.grads = rows.tables[keep], rows.handles[keep], rows.grads[keep]
+                rows.keys = None if rows.keys is None else rows.keys[keep]
 
     def discard(self) -> None:
         """Forget all pending steps, because their rows are gone."""

@@ -53,6 +53,8 @@ def text(report: dict[str, Any]) -> str:
     lines.append(f"  dense: {len(parameters)} tensors, {len(report['dense']) - len(parameters)} of optimizer state")
     is_checkpoint = report["kind"] == "checkpoint"
     checked = "checksums match" if is_checkpoint else "checksums of the tables match, the other files parse"
+    if not report["has_checksums"]:
+        checked = "there are no checksums, the files parse"
     lines += [f"  DAMAGED: {problem}" for problem in report["problems"]] or [f"  complete: {checked}"]
     return "\n".join(lines)
 
@@ -60,7 +62,7 @@ def text(report: dict[str, Any]) -> str:
 def difference_text(difference: dict[str, Any]) -> str:
     """A difference for people."""
     if difference["equal"]:
-        return "equal: all ids, rows, states and dense tensors"
+        return "equal: ids, rows, state that both have, clock, numbers of waiting, pinned and logged ids, dense tensors"
     lines = [f"  table {name} only in the first" for name in difference["tables_only_in_first"]]
     lines += [f"  table {name} only in the second" for name in difference["tables_only_in_second"]]
     for name, table in difference["tables"].items():
@@ -75,6 +77,8 @@ def difference_text(difference: dict[str, Any]) -> str:
         f"{len(dense['only_in_second'])} only in the second"
     )
     lines += [f"    {name}: {change}" for name, change in dense["changed"].items()]
+    lines += ["  the shared rows of unknown ids differ"] * difference["shared_rows_differ"]
+    lines += ["  what policies remember differs (clock, waiting, pinned or logged ids)"] * difference["policies_differ"]
     return "different:\n" + "\n".join(lines)
 
 

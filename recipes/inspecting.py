@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from grzoo.embeddings.engine.folder import check_file, read_json, read_seal
+from grzoo.embeddings.files import fingerprint
 from grzoo.embeddings.index import INDEX_NAME, read_index
+from grzoo.embeddings.shared_rows import SHARED_FILE
 from grzoo.embeddings.tensor_file import TensorFile
 from torch import Tensor
 
@@ -49,6 +51,7 @@ def inspect(folder: Path, progress: Progress = lambda _: None) -> dict[str, Any]
         state = read_json(folder / "state.json")
         report |= {"step": state.get("counters", {}).get("global_steps"), "written_by": state.get("written_by")}
     metadata = read_index(folder)["metadata"]
+    report["has_checksums"] = is_checkpoint or "fingerprints" in metadata
     report |= {"seed": metadata["seed"], "optimizer": metadata["optimizer"], "shards": len(metadata["shards"])}
     files = [folder / shard["file"] for shard in metadata["shards"]]
     report["tables"] = {config["name"]: _table(config, metadata, files) for config in metadata["tables"]}
@@ -125,10 +128,15 @@ def compare(folder: Path, other: Path) -> dict[str, Any]:
         for name in sorted(set(first["rows"]) & set(second["rows"]))
     }
     dense = _compare_dense(folder, other)
+    shared = [fingerprint(path / SHARED_FILE) if (path / SHARED_FILE).is_file() else None for path in (folder, other)]
+    policies = [metadata["policies"] for metadata in (first, second) if metadata.get("policies")]
+    shared_differ, policies_differ = shared[0] != shared[1], len(policies) == 2 and policies[0] != policies[1]
     only = [sorted(set(a["rows"]) - set(b["rows"])) for a, b in ((first, second), (second, first))]
     differs = any(any(t[k] for k in _COUNTS) for t in tables.values())
     return {
-        "equal": not (differs or any(only) or any(dense.values())),
+        "equal": not (differs or any(only) or any(dense.values()) or shared_differ or policies_differ),
+        "shared_rows_differ": shared_differ,
+        "policies_differ": policies_differ,
         "tables_only_in_first": only[0],
         "tables_only_in_second": only[1],
         "tables": tables,

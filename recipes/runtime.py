@@ -143,6 +143,7 @@ def run(main: Callable[[Runtime, list[str]], None], argv: list[str] | None = Non
         runtime = start()
         main(runtime, sys.argv[1:] if argv is None else argv)
         if dist.is_initialized():
+            dist.barrier()  # rank 0 holds the store, which the others may still need
             dist.destroy_process_group()
     except Preempted as reason:
         runtime.say(str(reason))

@@ -100,8 +100,10 @@ def _first_undamaged(load_dir: Path, tag: str | None, exchange: Exchange, use: C
     for path in [load_dir / name for name in names]:
         try:
             found = use(path)
-        except ValueError as error:
-            if is_named or not exchange.sum_int(int(isinstance(error, DamagedFile))):
+        except Exception as error:  # on every rank, though not of one type
+            damaged = exchange.sum_int(int(isinstance(error, DamagedFile)))
+            others = exchange.sum_int(int(not isinstance(error, ValueError)))
+            if is_named or others or not damaged:
                 raise
             damage.append(str(error))
             continue

@@ -5,6 +5,7 @@ import fcntl
 import os
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def refusing_direct(call: Any) -> Any:
     def refuse(descriptor: int, *arguments: Any) -> Any:
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            time.sleep(0.002)  # so that several threads are refused at once
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return call(descriptor, *arguments)
 

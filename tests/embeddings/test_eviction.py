@@ -92,6 +92,18 @@ def test_s16_erasing_rows_with_pending_gradients_is_safe(backend: str) -> None:
     assert torch.equal(collection.export_rows("a")["rows"], rows["rows"]) and before["step"].all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_s15_s16_erasing_rows_of_bfloat16_with_reduced_gradients_is_safe(backend: str) -> None:
+    table = TableConfig(name="a", embedding_dim=4, row_dtype="bfloat16")
+    collection = DynamicEmbeddingCollection([table], [FeatureConfig(name="f", table="a")], backend=backend)
+    optimizer = SparseAdam(collection, lr=0.1)
+    collection({"f": ids(1, 2, 3)})["f"].sum().backward()
+    optimizer.reduce()
+    assert collection.erase("a", ids(2)) == (1, 0)
+    optimizer.step()
+    assert kept(collection) == [1, 3] and collection.export_rows("a")["step"].eq(1).all()
+
+
 def test_erase_counts_ignores_and_reports_unknown_ids() -> None:
     collection, optimizer = build(admission={"min_count": 2})
     train(collection, optimizer, [1, 1, 2])

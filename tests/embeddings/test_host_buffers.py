@@ -62,6 +62,9 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [buffers.empty_rows(N, DIM) for _ in range(8)]
     del tensors
     assert 1 <= waiting() <= 2
+    larger_than_the_bound = buffers.empty_rows(5 * N, DIM)
+    del larger_than_the_bound
+    assert waiting() <= 2 and all(length <= 20 << 20 for length in buffers._waiting)
 
 
 def test_small_tensors_and_empty_ones_are_left_to_torch() -> None:

@@ -361,6 +361,9 @@ def test_some_tables_load_under_other_names_without_state(tmp_path: Path) -> Non
     ours, theirs = other.export_rows("video"), saved.export_rows("item")
     assert torch.equal(ours["ids"], theirs["ids"]) and torch.equal(ours["rows"], theirs["rows"])
     assert (ours["sum"] == 0).all() and other.num_rows("creator") == 0 and attached is other.optimizer
+    load_tables(other, tmp_path, state=False, tables=["video", "creator"], rename={"video": "item", "creator": "item"})
+    for name in ("video", "creator"):
+        assert torch.equal(other.export_rows(name)["rows"], theirs["rows"])
 
 
 @pytest.mark.parametrize(

@@ -193,5 +193,6 @@ def test_s25_a_delta_that_does_not_follow_is_refused(monkeypatch: pytest.MonkeyP
     assert_same_bits(tables, follower)
     monkeypatch.setattr(deletion_module, "LOG_ROWS", 2)
     tables.erase("item", tables.ids("item")[:4])
-    with pytest.raises(ValueError, match="lost 2 deletions: save all rows"):
-        take_delta(tables, 4)
+    for _ in range(2):  # the logs stay as they are
+        with pytest.raises(ValueError, match="lost 2 deletions: save all rows"):
+            take_delta(tables, 4)

@@ -13,6 +13,7 @@ from grzoo.embeddings import (
     SparseSGD,
     TableConfig,
 )
+from grzoo.embeddings.files import DamagedFile
 from grzoo.embeddings.io import load_tables, save_tables
 from torch import Tensor, nn
 
@@ -140,6 +141,13 @@ def test_s20_it_is_saved_and_loaded_with_its_table(tmp_path: Path, state: bool) 
         for part, values in fresh.shared_row(name).items():
             same = torch.equal(values, tables.shared_row(name)[part])
             assert same if state or part == "rows" else not same, part
+    if not state:  # an export has checksums
+        file = tmp_path / "embeddings-shared.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(DamagedFile, match="checksum of embeddings-shared"):
+            load_tables(fresh, tmp_path, state=False)
+        file.write_bytes(content)
     configs = [TableConfig(name=config.name, embedding_dim=4) for config in TABLES]
     zeros = DynamicEmbeddingCollection(configs, FEATURES, seed=1)
     load_tables(zeros, tmp_path, state=False)

@@ -24,6 +24,7 @@ from grzoo.recipes.metrics import ranking_metrics
 from grzoo.recipes.recommend import main as recommend
 from grzoo.recipes.runtime import Runtime, UserError
 from grzoo.recipes.train import main as train
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 ZERO2 = ROOT / "ds_configs" / "zero2.json"
@@ -174,11 +175,13 @@ def test_checkpoint_evaluates_and_exports_like_the_run(inside):
         assert value == pytest.approx(final[f"test/popularity/{name}"], abs=1e-5)
     run_here(export, "--checkpoint", "out/checkpoint-7", "--output_dir", "again")
     run_here(recommend, "--model", "again", "--expect", "out/recommendations.json")
-    run_here(export, "--checkpoint", "out/checkpoint-7", "--output_dir", "pruned", "--min_count", 3)
-    model = AutoModelForRetrieval.from_pretrained("pruned")
-    left, rows = model.embeddings.num_rows(), AutoModelForRetrieval.from_pretrained("again").embeddings.num_rows()
-    assert 0 < left < rows
-    assert f"- pruned: items: {left:,} of {rows:,} rows are left (min_count 3)" in Path("pruned/README.md").read_text()
+    counts = load_file("out/checkpoint-7/embeddings-00001-of-00001.safetensors")["items.count"]
+    least = int(counts.min()) + 1
+    run_here(export, "--checkpoint", "out/checkpoint-7", "--output_dir", "pruned", "--min_count", least)
+    left = AutoModelForRetrieval.from_pretrained("pruned").embeddings.num_rows()
+    assert left == int((counts >= least).sum()) < len(counts)
+    said = f"- pruned: items: {left:,} of {len(counts):,} rows are left (min_count {least})"
+    assert said in Path("pruned/README.md").read_text()
     assert (inside / "again/preprocessor_config.json").read_text() == (
         inside / "out/export/preprocessor_config.json"
     ).read_text()

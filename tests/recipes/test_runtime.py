@@ -9,6 +9,7 @@ import pytest
 from grzoo.recipes.runtime import Runtime, UserError, user_errors
 
 SCRIPT = """
+import time
 from datetime import timedelta
 from grzoo.recipes.runtime import UserError, connect, run, user_errors
 
@@ -27,6 +28,9 @@ def main(runtime, argv):
         return "folder"
     assert runtime.main_first("data", work) == "folder"
     connect(runtime, use_cpu=True)
+    if runtime.rank == 1:  # rank 0, which holds the store, must still be there
+        time.sleep(1)
+        runtime.store.set("late", "1")
     print("done", runtime.rank)
 
 run(main)
@@ -68,9 +72,9 @@ def test_a_mistake_of_one_rank_is_reported_by_it(tmp_path):
     assert "error: rank 1 is wrong" in errors
 
 
-def test_all_ranks_get_the_result(tmp_path):
-    codes, output, _ = run_ranks(tmp_path, "fine")
-    assert codes == [0, 0]
+def test_all_ranks_get_the_result_and_rank_0_stays_until_all_are_done(tmp_path):
+    codes, output, errors = run_ranks(tmp_path, "fine")
+    assert codes == [0, 0], errors
     assert sorted(output.split()) == ["0", "1", "done", "done"]
 
 

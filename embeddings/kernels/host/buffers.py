@@ -45,6 +45,8 @@ def _take(size: int) -> Tensor:
 
 
 def _give_back(block: Tensor) -> None:
+    if len(block) > _MAX_WAITING:
+        return
     waiting = sum(length * len(blocks) for length, blocks in list(_waiting.items()))
     if waiting + len(block) > _MAX_WAITING:
         _waiting.clear()
