@@ -28,8 +28,9 @@ from tqdm import tqdm
 from . import event_log
 from .config import PrepareConfig
 from .log import GroupedLog, model_ids_of
-from .stream import event_files, feature_column, raw_batches, typed, whole_feature
+from .stream import event_files, feature_columns, raw_batches, typed, whole_feature
 
+_LAYOUT_VERSION = 2
 PART_EVENTS = 4_000_000
 _SORTED_BATCH = 1 << 18
 _PROCESS_GB = 0.35  # of the memory: what the process, Arrow and the writer take; DuckDB has the rest
@@ -47,6 +48,7 @@ class OutOfCore:
                 raise ValueError(f"{option} needs the whole log in memory: leave it or max_memory_gb away")
         event_log.check_features(config)
         self.config = config
+        self.features = feature_columns(config)
         self.files = event_files(config)
         target = Path(config.output_dir)
         self.work = target.with_name(f"{target.name}.preparing")
@@ -59,9 +61,8 @@ class OutOfCore:
         keys = {name: self._keys(name) for name in ("user", "item")}
         mapping, model_ids = model_ids_of(keys["item"]["key"], self.config.id_mapping)
         offsets = offsets_of(keys["user"]["events"])
-        columns = self._sort(offsets, model_ids)
+        codes, columns = self._sort(offsets, model_ids)
         about = event_log.about(self.config)
-        codes = columns.pop("item code")
         return GroupedLog(
             keys["user"]["key"], offsets, codes, keys["item"]["key"], model_ids, mapping, columns, **about
         )
@@ -74,7 +75,7 @@ class OutOfCore:
         """Make `work`, or find it as a killed call with the same log and options has left it."""
         options = {k: v for k, v in asdict(self.config).items() if k not in ("overwrite", "max_memory_gb")}
         files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
-        identity = hashlib.sha256(json.dumps([options, files], sort_keys=True).encode()).hexdigest()
+        identity = hashlib.sha256(json.dumps([_LAYOUT_VERSION, options, files], sort_keys=True).encode()).hexdigest()
         self.work.mkdir(parents=True, exist_ok=True)
         path = self.work / "identity"
         if path.is_file() and path.read_text() != identity:
@@ -103,7 +104,7 @@ class OutOfCore:
             for batch in raw_batches(self.files, list(dict.fromkeys(names)), begun):
                 table = typed(batch, self.config, Path(self.config.source or ""))
                 schema = schema or table.schema
-                _check_drift(schema, table.schema, batch.path)
+                _check_drift(schema, table.schema, batch.path, self.features)
                 held.append(table)
                 bar.update(len(batch))
                 if sum(map(len, held)) >= PART_EVENTS:
@@ -159,15 +160,14 @@ class OutOfCore:
                 "on where it was"
             ) from error
 
-    def _sort(self, offsets: Int64, model_ids: Int64) -> dict[str, np.memmap[Any, Any]]:
-        """The columns of the sorted events, and `item code`, mapped into memory."""
+    def _sort(self, offsets: Int64, model_ids: Int64) -> tuple[Int64, dict[str, np.memmap[Any, Any]]]:
+        """The item code of each of the sorted events, and their columns by name, mapped into memory."""
         schema = pq.read_schema(self._parts()[0])
-        dtypes: dict[str, Any] = {"item code": np.int64, "item_id": np.int64}
+        dtypes: dict[str, Any] = {"item_code": np.int64, "item_id": np.int64}
         dtypes |= {"timestamp": np.int64} if self.config.timestamp_column else {}
         nulls = self._features_with_nulls(schema)
-        for name in self.config.feature_columns:
-            kind = schema.field(feature_column(name)).type
-            dtypes[name] = np.float32 if nulls[name] else kind.to_pandas_dtype()
+        for own in self.features.values():
+            dtypes[own] = np.float32 if nulls[own] else schema.field(own).type.to_pandas_dtype()
         folder, done = self.work / "columns", self.work / "sorted"
         folder.mkdir(exist_ok=True)
         begun = int(done.read_text()) if done.is_file() else 0
@@ -177,12 +177,12 @@ class OutOfCore:
             for batch in self._sorted_batches(int(np.searchsorted(offsets, begun))) if begun < offsets[-1] else ():
                 here = slice(at, at + len(batch))
                 codes = batch.column("code").to_numpy()
-                columns["item code"][here] = codes
+                columns["item_code"][here] = codes
                 columns["item_id"][here] = model_ids[codes]
                 if "timestamp" in columns:
                     columns["timestamp"][here] = batch.column("timestamp").to_numpy()
-                for name in self.config.feature_columns:
-                    columns[name][here] = whole_feature(batch.column(feature_column(name)), nulls[name])
+                for own in self.features.values():
+                    columns[own][here] = whole_feature(batch.column(own), nulls[own])
                 at += len(batch)
                 bar.update(len(batch))
                 # Whole users only, so that the rest can be sorted alone.
@@ -192,16 +192,18 @@ class OutOfCore:
                         values.flush()
                     _write_text(done, str(sure))
                     begun = sure
-        return columns
+        codes = columns.pop("item_code")
+        names = {own: name for name, own in self.features.items()}
+        return codes, {names.get(own, own): values for own, values in columns.items()}
 
     def _sorted_batches(self, first_user: int) -> Iterator[pa.RecordBatch]:
         """Events of the users from code `first_user` on: `code` of the item, `timestamp`, features."""
-        wanted = [feature_column(name) for name in self.config.feature_columns]
+        wanted = [*self.features.values()]
         order = ["u.code", "p.row"]
         if self.config.timestamp_column:
             wanted.append("timestamp")
             order.insert(1, "p.timestamp")
-        names = "".join(f', p."{_sql(name, quote=chr(34))}"' for name in wanted)
+        names = "".join(f', p."{name}"' for name in wanted)
         with self._database() as database:
             query = database.sql(
                 f"SELECT i.code{names} FROM parts p JOIN users u ON p.user = u.key JOIN items i ON p.item = i.key "
@@ -210,13 +212,12 @@ class OutOfCore:
             yield from query.to_arrow_reader(_SORTED_BATCH)
 
     def _features_with_nulls(self, schema: pa.Schema) -> dict[str, bool]:
-        """Which integer features have no value somewhere."""
+        """Which columns of integer features have no value somewhere."""
         found = {}
-        for name in self.config.feature_columns:
-            path = feature_column(name)
-            at = schema.get_field_index(path)
-            integers = pa.types.is_integer(schema.field(path).type)
-            found[name] = integers and any(_null_count(part, at) for part in self._parts())
+        for own in self.features.values():
+            at = schema.get_field_index(own)
+            integers = pa.types.is_integer(schema.field(own).type)
+            found[own] = integers and any(_null_count(part, at) for part in self._parts())
         return found
 
 
@@ -233,11 +234,12 @@ def _duckdb() -> Any:
     return duckdb
 
 
-def _check_drift(expected: pa.Schema, found: pa.Schema, path: Path) -> None:
+def _check_drift(expected: pa.Schema, found: pa.Schema, path: Path, features: dict[str, str]) -> None:
+    names = {own: name for name, own in features.items()}
     for field in expected:
         other = found.field(field.name).type
         if other != field.type:
-            name = field.name.removeprefix("feature ")
+            name = names.get(field.name, field.name)
             raise ValueError(
                 f"{path}: {name} is of type {other}, in the files before it {field.type}: bring all to one type"
             )
@@ -259,9 +261,9 @@ def _mapped(path: Path, dtype: Any, events: int, continued: bool) -> np.memmap[A
     return np.memmap(path, dtype=dtype, mode="r+" if continued else "w+", shape=(events,))
 
 
-def _sql(text: Any, quote: str = "'") -> str:
+def _sql(text: Any) -> str:
     """Text inside quotes of an SQL statement."""
-    return str(text).replace(quote, 2 * quote)
+    return str(text).replace("'", "''")
 
 
 def _progress(what: str, begun: int, total: int | None) -> Any:

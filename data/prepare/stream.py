@@ -72,19 +72,19 @@ def typed(batch: Batch, config: PrepareConfig, source: Path) -> pa.Table:
         times = seconds(values, config.timestamp_unit, batch.path, first)
         check_times(times, str(source), first)
         found["timestamp"] = pa.array(times)
-    for name in config.feature_columns:
+    for name, own in feature_columns(config).items():
         values = column(table, name, batch.path, "feature_columns")
         if pa.types.is_integer(values.type):
-            found[feature_column(name)] = values.cast(pa.int64())
+            found[own] = values.cast(pa.int64())
         else:
-            found[feature_column(name)] = pa.array(numbers(values, name, batch.path))
+            found[own] = pa.array(numbers(values, name, batch.path))
     found["row"] = pa.array(np.arange(first, first + len(table)))
     return pa.table(found)
 
 
-def feature_column(name: str) -> str:
-    """Name of a feature among the columns of `typed`, which it may share none of."""
-    return f"feature {name}"
+def feature_columns(config: PrepareConfig) -> dict[str, str]:
+    """Feature -> its column of `typed`: numbered, as a feature may have any name, also one that differs by case only."""
+    return {name: f"feature {number}" for number, name in enumerate(dict.fromkeys(config.feature_columns))}
 
 
 def whole_feature(values: pa.Array, has_nulls: bool) -> NDArray[Any]:

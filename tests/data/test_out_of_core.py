@@ -89,6 +89,18 @@ def test_the_files_are_the_same(tmp_path: Path, ids: type, form: str, options: d
     assert parts == whole
 
 
+ODD_NAMES = ["item code", "item_code", "Label", "label", "a/b", 'x"; y', "row", "../up", "feature 0"]
+
+
+def test_a_feature_may_have_any_name(tmp_path: Path) -> None:
+    log = table(int)
+    for number, name in enumerate(ODD_NAMES):
+        log = log.append_column(name, pa.array(np.random.default_rng(number).integers(0, 5, EVENTS)))
+    source = write(tmp_path / "raw", log, "parquet")
+    whole, parts = both(tmp_path, source, timestamp_column="time", feature_columns=ODD_NAMES)
+    assert parts == whole and sorted(path.name for path in tmp_path.iterdir()) == ["parts", "raw", "whole"]
+
+
 def test_titles_join_the_catalogue(tmp_path: Path) -> None:
     metadata = tmp_path / "items.csv"
     pcsv.write_csv(pa.table({"item_id": np.arange(-9, 9), "title": [f"t{k}" for k in range(18)]}), metadata)
@@ -187,6 +199,7 @@ def drifted(log: pa.Table, name: str, values: Any) -> pa.Table:
         ("time", np.full(EVENTS, -3), "event 2346 of .*raw has timestamp -3; timestamps are seconds since 1970"),
         ("user_id", ["a"] * EVENTS, "b.parquet: user is of type string, in the files before it int64"),
         ("item_id", [None] * EVENTS, "item"),
+        ("click", np.full(EVENTS, 0.5), "b.parquet: click is of type float, in the files before it int64"),
         ("click", ["x"] * EVENTS, "b.parquet: feature 'click' is of type string; features are numbers"),
     ],
 )
