@@ -62,8 +62,8 @@ class BestModel:
         state = {"metric": self.metric, "step": self.step, "epoch": self.epoch, "value": value, "waited": self.waited}
         return state | {"checkpoint": str(self.checkpoint) if self.checkpoint else None}
 
-    def load_state_dict(self, state: dict[str, Any], resumed_from: Path) -> None:
-        """Goes on from the state in the checkpoint `resumed_from`; its own evaluation may be the best."""
+    def load_state_dict(self, state: dict[str, Any], resumed_from: Path, step: int) -> None:
+        """Goes on from the state in the checkpoint `resumed_from` of step `step`; its own evaluation may be the best."""
         if state.get("metric") != self.metric:
             followed = state.get("metric", "no metric")
             warnings.warn(f"the run followed {followed} so far: {self.metric} counts from here on", stacklevel=2)
@@ -72,9 +72,9 @@ class BestModel:
         self.value = math.nan if state["value"] is None else state["value"]
         if not self.keeps or self.step is None:
             return
-        # Beside it before where it was: the folder may have moved. Without a path it is the best one itself.
-        beside = resumed_from.parent / f"checkpoint-{self.step}"
-        wanted = [beside, Path(state["checkpoint"])] if state["checkpoint"] else [resumed_from]
+        # Beside it before where it was: the folder may have moved.
+        wanted = [resumed_from if self.step == step else resumed_from.parent / f"checkpoint-{self.step}"]
+        wanted += [Path(state["checkpoint"])] if state["checkpoint"] else []
         self.checkpoint = next((path for path in wanted if is_sealed(path)), None)
         if self.checkpoint is None:
             warnings.warn(

@@ -97,7 +97,7 @@ class TrainingLoop:
         self.loader.load_state_dict(state["loader"])
         self.step = self.saved_step = int(state["step"])
         if self.best is not None:
-            self.best.load_state_dict(state.get("best") or {}, path)
+            self.best.load_state_dict(state.get("best") or {}, path, self.step)
         return path
 
     def run(self) -> None:

@@ -81,27 +81,50 @@ def test_the_state_of_a_checkpoint_continues_the_following(tmp_path):
     later = json.loads(json.dumps(best.state_dict()))
 
     resumed = BestModel("mrr", keeps=True, patience=2)
-    resumed.load_state_dict(at_best, best.checkpoint)
+    resumed.load_state_dict(at_best, best.checkpoint, 1)
     assert (resumed.step, resumed.value, resumed.waited, resumed.checkpoint) == (1, 0.3, 0, best.checkpoint)
 
     resumed = BestModel("mrr", keeps=True, patience=2)
-    resumed.load_state_dict(later, tmp_path / "out" / "checkpoint-2")
+    resumed.load_state_dict(later, tmp_path / "out" / "checkpoint-2", 2)
     assert resumed == best
     resumed.update(3, 1.5, {"mrr": 0.1})
     assert resumed.is_out_of_patience
 
     (tmp_path / "out").rename(tmp_path / "moved")
-    resumed.load_state_dict(later, tmp_path / "moved" / "checkpoint-2")
+    resumed.load_state_dict(later, tmp_path / "moved" / "checkpoint-2", 2)
     assert resumed.checkpoint == tmp_path / "moved" / "checkpoint-1"
     with pytest.warns(UserWarning, match="checkpoint-1, the best model so far, is missing or damaged"):
-        resumed.load_state_dict(later, tmp_path / "elsewhere" / "checkpoint-2")
+        resumed.load_state_dict(later, tmp_path / "elsewhere" / "checkpoint-2", 2)
     assert resumed.checkpoint is None and resumed.step == 1
+
+
+def test_a_best_that_was_never_saved_is_not_taken_for_the_checkpoint_that_tells_of_it(tmp_path):
+    """It was followed for patience only."""
+    waiting = BestModel("mrr", keeps=False, patience=5)
+    waiting.update(1, 0.5, {"mrr": 0.3})
+    waiting.update(2, 1.0, {"mrr": 0.2})
+    resumed = BestModel("mrr", keeps=True)
+    with pytest.warns(UserWarning, match="checkpoint-1, the best model so far, is missing"):
+        resumed.load_state_dict(waiting.state_dict(), checkpoint(tmp_path / "checkpoint-2"), 2)
+    assert resumed.checkpoint is None and resumed.step == 1
+
+
+def test_a_best_that_is_lost_stays_lost_on_a_second_resume(tmp_path):
+    best = BestModel("mrr", keeps=True)
+    best.update(1, 0.5, {"mrr": 0.3})
+    best.checkpoint = tmp_path / "checkpoint-1"  # nothing is there
+    for step in (2, 3):
+        resumed = BestModel("mrr", keeps=True)
+        with pytest.warns(UserWarning, match="checkpoint-1, the best model so far, is missing"):
+            resumed.load_state_dict(best.state_dict(), checkpoint(tmp_path / f"checkpoint-{step}"), step)
+        assert resumed.checkpoint is None
+        best = resumed
 
 
 def test_another_metric_than_before_starts_anew(tmp_path):
     best = BestModel("mrr", keeps=True)
     with pytest.warns(UserWarning, match="followed ndcg@10 so far"):
-        best.load_state_dict({"metric": "ndcg@10", "step": 3, "epoch": 1.0, "value": 0.9, "waited": 1}, tmp_path)
+        best.load_state_dict({"metric": "ndcg@10", "step": 3, "epoch": 1.0, "value": 0.9, "waited": 1}, tmp_path, 3)
     assert best.step is None and best.update(4, 1.0, {"mrr": 0.1})
 
 
