@@ -29,7 +29,7 @@ from .schema import DatasetSchema, FeatureSpec
 TARGET_COLUMN = "target_from"
 USER_COLUMN = "user_id"
 _FOOTER_BYTES = 1 << 16
-_LAYOUT_VERSION = "2"
+_LAYOUT_VERSION = "3"
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,12 @@ def _check_rows(batch: pa.RecordBatch, schema: DatasetSchema, path: Path, first_
                 f"{path}, row {row}: negative timestamp {times[at]}; timestamps are seconds since 1970: repair or "
                 "drop that event"
             )
+        # The first event of a row may be earlier than the last one of the row before it.
+        ends = np.cumsum(lengths)
+        falls = np.setdiff1d(np.flatnonzero(times[1:] < times[:-1]) + 1, ends)
+        if len(falls):
+            row = first_row + int(np.searchsorted(ends, falls[0], side="right"))
+            raise ValueError(f"{path}, row {row}: timestamps fall: sort each history by time")
     targets = batch.column(TARGET_COLUMN).to_numpy(zero_copy_only=False)
     if batch.column(TARGET_COLUMN).null_count or (targets < 0).any():
         raise ValueError(f"{path}: target_from must be an index >= 0 in every row")

@@ -60,6 +60,20 @@ def test_rows_equal_the_files(tmp_path: Path, shards: int) -> None:
     assert dataset.user_ids().to_pylist() == ROWS["user_id"]
 
 
+def test_times_may_tie_within_a_row_and_fall_from_row_to_row(tmp_path: Path) -> None:
+    rows = {
+        "user_id": range(6),
+        "item_id": [[], [1, 2, 3], [], [4, 5], [6], []],
+        "timestamp": [[], [7, 7, 9], [], [3, 3], [1], []],
+        "rating": [[], [1.0] * 3, [], [1.0] * 2, [1.0], []],
+        "target_from": [1] * 6,
+    }
+    write(tmp_path, rows)
+    path = tmp_path / "data" / "train-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(path), path)  # all in one row group
+    assert EventDataset.from_folder(tmp_path).rows(range(6))["timestamp"].tolist() == [7, 7, 9, 3, 3, 1]
+
+
 def test_values_are_views_of_one_mapped_file(tmp_path: Path) -> None:
     write(tmp_path, ROWS)
     dataset = EventDataset.from_folder(tmp_path)
@@ -112,6 +126,8 @@ def test_arrays_in_memory_are_checked() -> None:
     [
         ({"timestamp": [[10, 20], [], [5], [6, 7]]}, "row 0: 'timestamp' and item_id have unequal lengths"),
         ({"timestamp": [[10, 20, 30], [], [5], [6, -7]]}, "train-0.*parquet, row 3: negative timestamp -7.*repair"),
+        ({"timestamp": [[10, 20, 30], [], [5], [7, 6]]}, "train-0.*parquet, row 3: timestamps fall: sort each history"),
+        ({"timestamp": [[10, 30, 20], [], [5], [6, 7]]}, "row 0: timestamps fall"),
         ({"timestamp": [[10, 20, 30], [], [5], [6, float("nan")]]}, "row group 3.*'timestamp' is list.*double.*nan"),
         ({"rating": [[1.0, 2.0], [], [0.5], [4.0, 5.0]]}, "row 0: 'rating' and item_id have unequal lengths"),
         ({"item_id": [[1, 2, 3], [], [None], [5, 6]]}, "'item_id' holds nulls"),
