@@ -1,6 +1,7 @@
 """A log of events from its files a batch at a time, checked and typed as when it is read whole."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,23 +129,31 @@ def _parquet(path: Path, columns: list[str], skip: int) -> Iterator[tuple[int, p
 
 
 def _delimited(path: Path, columns: list[str]) -> Iterator[tuple[int, pa.Table | None]]:
-    delimiter = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
-    quotes = delimiter == ","
     try:
-        with pa.input_stream(str(path), compression="detect") as stream:
-            reader = pcsv.open_csv(
-                stream,
-                read_options=pcsv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK),
-                parse_options=pcsv.ParseOptions(
-                    delimiter=delimiter, quote_char='"' if quotes else False, newlines_in_values=quotes
-                ),
-                convert_options=pcsv.ConvertOptions(strings_can_be_null=False),
-            )
+        with _open_csv(path, []) as reader:
             _check_columns(reader.schema.names, columns, path)
+        # Columns that nobody asked for may hold anything.
+        with _open_csv(path, columns) as reader:
             for batch in reader:
-                yield len(batch), pa.Table.from_batches([batch]).select(columns)
+                yield len(batch), pa.Table.from_batches([batch])
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is malformed: {error} (columns have the types of their first {_CSV_BLOCK >> 20} MiB; where later "
             "values are of another one, convert the file to Parquet)"
         ) from error
+
+
+@contextmanager
+def _open_csv(path: Path, columns: list[str]) -> Iterator[pcsv.CSVStreamingReader]:
+    """A reader of these columns of delimited text, of all if none is named."""
+    delimiter = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
+    quotes = delimiter == ","
+    with pa.input_stream(str(path), compression="detect") as stream:
+        yield pcsv.open_csv(
+            stream,
+            read_options=pcsv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK),
+            parse_options=pcsv.ParseOptions(
+                delimiter=delimiter, quote_char='"' if quotes else False, newlines_in_values=quotes
+            ),
+            convert_options=pcsv.ConvertOptions(strings_can_be_null=False, include_columns=columns),
+        )
