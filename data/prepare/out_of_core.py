@@ -9,6 +9,7 @@ A call that was killed goes on with the first part, event or shard that is missi
 events, but with users (about 120 bytes each, more for ids that are text) and items.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from . import event_log
 from .config import PrepareConfig
 from .log import GroupedLog, model_ids_of
+from .splits import check_split
 from .stream import event_files, feature_columns, raw_batches, typed, whole_feature
 
 _LAYOUT_VERSION = 2
@@ -46,7 +48,11 @@ class OutOfCore:
         for option in ("k_core", "ranking"):
             if getattr(config, option):
                 raise ValueError(f"{option} needs the whole log in memory: leave it or max_memory_gb away")
+        # What can be told now is not left to be found after hours.
         event_log.check_features(config)
+        event_log.about(config)
+        check_split(config, config.timestamp_column is not None)
+        _duckdb()
         self.config = config
         self.features = feature_columns(config)
         self.files = event_files(config)
@@ -83,7 +89,7 @@ class OutOfCore:
                 f"{self.work} holds the unfinished preparation of another log or with other options: repeat that "
                 "call, or delete the folder"
             )
-        path.write_text(identity)
+        _write_text(path, identity)
 
     def _parts(self) -> list[Path]:
         return sorted((self.work / "parts").glob("[0-9]*.parquet"))
@@ -146,13 +152,16 @@ class OutOfCore:
             "temp_directory": str(spill),
             "preserve_insertion_order": False,
         }
-        sources = {"parts": self.work / "parts" / "[0-9]*.parquet"}
-        sources |= {name: self.work / f"{name}.parquet" for name in ("users", "items")}
+        folder = glob.escape(str(self.work))
+        sources = {"parts": f"{folder}/parts/[0-9]*.parquet"}
+        sources |= {name: f"{folder}/{name}.parquet" for name in ("users", "items")}
         try:
             with duckdb.connect(config=settings) as database:
                 for name, path in sources.items():
-                    if name == "parts" or path.is_file():
-                        database.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{_sql(path)}')")
+                    if name == "parts" or (self.work / f"{name}.parquet").is_file():
+                        # A folder NAME=VALUE above the files is no column of theirs.
+                        files = f"read_parquet('{_sql(path)}', hive_partitioning=false)"
+                        database.execute(f"CREATE VIEW {name} AS SELECT * FROM {files}")
                 yield database
         except duckdb.Error as error:
             raise OSError(
@@ -230,7 +239,7 @@ def _duckdb() -> Any:
     try:
         import duckdb
     except ImportError as error:
-        raise ValueError("max_memory_gb needs DuckDB: pip install 'grzoo[scale]'") from error
+        raise ValueError("max_memory_gb needs DuckDB: pip install '.[scale]'") from error
     return duckdb
 
 
@@ -258,7 +267,24 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _mapped(path: Path, dtype: Any, events: int, continued: bool) -> np.memmap[Any, Any]:
-    return np.memmap(path, dtype=dtype, mode="r+" if continued else "w+", shape=(events,))
+    if not continued:
+        _allocate(path, events * np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(events,))
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make a file that has its place on the disk: one with holes kills its writer (SIGBUS) when the disk is full."""
+    with path.open("wb") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        except OSError as error:
+            raise OSError(
+                f"{path} of {size:,} bytes has no place ({error.strerror}): make room on that disk, then repeat the "
+                "call: it goes on where it was"
+            ) from error
 
 
 def _sql(text: Any) -> str:

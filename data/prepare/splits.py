@@ -40,6 +40,12 @@ def split_log(grouped: GroupedLog, config: PrepareConfig) -> Split:
     return leave_one_out(grouped, config.validation) if config.split == "leave_one_out" else temporal(grouped, config)
 
 
+def check_split(config: PrepareConfig, has_timestamps: bool) -> None:
+    """ValueError where the split needs times and the log has none."""
+    if config.split == "temporal" and not has_timestamps:
+        raise ValueError("a temporal split needs timestamps, and this log has none: use split leave_one_out")
+
+
 def leave_one_out(grouped: GroupedLog, validation: str) -> Split:
     """The last event of each user is the test target, with validation "last" the one before it the validation target.
 
@@ -66,9 +72,8 @@ def temporal(grouped: GroupedLog, config: PrepareConfig) -> Split:
     Without a cutoff it is the time before which all but `test_fraction` of the events lie. With validation "last", as
     many events as the test has, directly before the cutoff, are validation targets instead of train events.
     """
-    times = grouped.columns.get("timestamp")
-    if times is None:
-        raise ValueError("a temporal split needs timestamps, and this log has none: use split leave_one_out")
+    check_split(config, "timestamp" in grouped.columns)
+    times = grouped.columns["timestamp"]
     events = len(times)
     cutoff = config.cutoff
     if cutoff is None:

@@ -101,6 +101,41 @@ def test_a_feature_may_have_any_name(tmp_path: Path) -> None:
     assert parts == whole and sorted(path.name for path in tmp_path.iterdir()) == ["parts", "raw", "whole"]
 
 
+def test_a_column_that_is_not_asked_for_may_hold_anything(tmp_path: Path) -> None:
+    """Its first block is of integers, its last value is text."""
+    log = table(int).set_column(6, "unused", pa.array([*map(str, range(EVENTS - 1)), "x"]))
+    source = write(tmp_path / "raw", log, "csv")
+    text = source.read_text().replace('"', "")  # else all of the column is text
+    source.write_text(text)
+    whole, parts = both(tmp_path, source, **OPTIONS)
+    assert parts == whole
+
+
+@pytest.mark.parametrize("name", ["out[1]", "out*?", "user=3", "it's"])
+def test_the_output_may_lie_anywhere(tmp_path: Path, name: str) -> None:
+    source = write(tmp_path / "raw", table(int), "parquet")
+    whole, parts = both(tmp_path, source, **OPTIONS)
+    prepare("event_log", tmp_path / name / name, source, max_memory_gb=0.6, **OPTIONS)
+    assert contents(tmp_path / name / name) == whole
+
+
+def test_a_full_disk_is_told_before_the_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with holes would kill the process (SIGBUS) in the midst of it."""
+    out_of_core._mapped(tmp_path / "column", np.int64, 10_000, False)
+    assert (tmp_path / "column").stat().st_blocks * 512 >= 80_000
+    out_of_core._mapped(tmp_path / "column", np.int64, 10_000, False)[:] = 7
+    assert (out_of_core._mapped(tmp_path / "column", np.int64, 10_000, True) == 7).all()
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    source = write(tmp_path / "raw", table(int), "parquet")
+    with pytest.raises(OSError, match=r"No space left.*make room.*goes on where it was"):
+        prepare("event_log", tmp_path / "out", source, max_memory_gb=0.6)
+    assert (tmp_path / "out.preparing" / "users.parquet").exists()
+
+
 def test_titles_join_the_catalogue(tmp_path: Path) -> None:
     metadata = tmp_path / "items.csv"
     pcsv.write_csv(pa.table({"item_id": np.arange(-9, 9), "title": [f"t{k}" for k in range(18)]}), metadata)
@@ -128,7 +163,8 @@ def stops(call: Callable[..., Any], after: int) -> Callable[..., Any]:
         (out_of_core, "_write", 0),
         (out_of_core, "_write", 2),
         (out_of_core.OutOfCore, "_keys", 1),
-        (out_of_core, "_write_text", 1),
+        (out_of_core, "_write_text", 0),
+        (out_of_core, "_write_text", 2),
         (out_of_core, "whole_feature", 25),
         (writer, "write_shard", 3),
         (writer, "pq.write_table", 0),
@@ -220,12 +256,18 @@ def test_a_corrupt_file_and_other_impossible_calls(tmp_path: Path, monkeypatch: 
         prepare("event_log", out, source, max_memory_gb=0.1)
     with pytest.raises(ValueError, match="a.parquet has no column 'when'; it has user_id"):
         prepare("event_log", out, source, max_memory_gb=0.6, timestamp_column="when")
+    monkeypatch.setattr(out_of_core, "raw_batches", None)  # the events are not read for these
+    with pytest.raises(ValueError, match="a temporal split needs timestamps"):
+        prepare("event_log", out, source, max_memory_gb=0.6, split="temporal")
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        prepare("event_log", out, source, max_memory_gb=0.6, item_metadata=str(tmp_path / "no_such.csv"))
     (tmp_path / "log.jsonl").write_text('{"user_id": 1, "item_id": 2}\n')
     with pytest.raises(ValueError, match="log.jsonl cannot be read in parts: leave max_memory_gb away"):
         prepare("event_log", out, tmp_path / "log.jsonl", max_memory_gb=0.6)
     monkeypatch.setitem(sys.modules, "duckdb", None)
     with pytest.raises(ValueError, match="needs DuckDB: pip install"):
         prepare("event_log", out, source, max_memory_gb=0.6)
+    assert not (tmp_path / "out.preparing").exists()
     monkeypatch.undo()
     data = (source / "b.parquet").read_bytes()
     (source / "b.parquet").write_bytes(data[:1000] + b"\0" * 200 + data[1200:])
