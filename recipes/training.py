@@ -112,7 +112,8 @@ class TrainingLoop:
         with self.preemption, tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hide) as bar:
             while not self._is_done():
                 self._run_epoch(bar)
-            if self.arguments.save_strategy != "best":
+            # Where no evaluation was the best, or its checkpoint is lost, the last model is better than none.
+            if self.arguments.save_strategy != "best" or (self.best is not None and self.best.checkpoint is None):
                 self._save_last()
             if self.best is not None and self.step < self.total_steps and self.runtime.is_main:
                 bar.write(f"stopped early: {self.best.waited} evaluations without a better one than {self.best}")
