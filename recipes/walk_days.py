@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from grzoo.data import Catalogue, DatasetSchema, EventDataset
-from grzoo.data.prepare import read_log
+from grzoo.data.prepare import days, read_log
 from grzoo.recipes.arguments import option
 from grzoo.recipes.assembly import build_engine, build_loader, build_model, build_model_config
-from grzoo.recipes.dataset_folder import LoadedData, load, source_of
+from grzoo.recipes.dataset_folder import LoadedData, check_options, load, source_of
 from grzoo.recipes.deepspeed_config import resolve
 from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
@@ -100,7 +100,15 @@ class Walk:
         if "stage" not in state:
             raise UserError(f"{path} was not written by walk_days.py: it is at no period")
         self.stage, self.step, self.loader_state = int(state["stage"]), int(state["step"]), state["loader"]
+        # Told before the lines of metrics.jsonl that are later than the checkpoint are dropped.
+        if any(line["step"] > self.step for line in self._lines()):
+            raise UserError(_later_periods(self.folder))
         self.runtime.say(f"resumed at step {self.step}, stage {self.stage} of {len(self.periods.names)}, from {path}")
+
+    def _check_no_later(self, stage: int) -> None:
+        """UserError where an older checkpoint was resumed, whose model would meet items of later periods."""
+        if len(days(self.folder)) > stage:
+            raise UserError(_later_periods(self.folder))
 
     def _first(self, name: str, work: Any) -> str:
         """`work` on the main rank while the others wait."""
@@ -108,7 +116,7 @@ class Walk:
             return self.runtime.main_first(name, lambda: str(work()))
 
     def _train(self, split: str, epochs: float) -> None:
-        """The steps that are left of the split, if `stage` is its."""
+        """The steps that are left of the split, if `stage` is its. Raises UserError where later periods are known."""
         number = 0 if split == "train" else int(split.removeprefix("day_"))
         if self.stage != number:
             return
@@ -123,6 +131,9 @@ class Walk:
         if self.loader_state is not None:
             loader.load_state_dict(self.loader_state)
             done = loader.sampler.step_at(self.loader_state["epoch"], self.loader_state["cursor"])
+        steps_left = total_steps(training, len(loader.sampler)) - done
+        if steps_left > 0:
+            self._first(f"no later than {number}", lambda: self._check_no_later(number))
         identity = {
             "model_config": json.loads(self.config.to_json_string(use_diff=False)),
             "dataset_dir": str(self.folder),
@@ -135,7 +146,7 @@ class Walk:
             training,
             self.log,
             self.runtime,
-            total_steps=self.step + total_steps(training, len(loader.sampler)) - done,
+            total_steps=self.step + steps_left,
             evaluate=dict,
             identity=identity,
         )
@@ -145,11 +156,17 @@ class Walk:
         self.step = loop.step
 
     def _evaluate(self, split: str, number: int) -> None:
-        """Rank the events of the period by the model and by what was popular before it. Collective."""
+        """Rank the events of the period by the model and by what was popular before it. Collective.
+
+        Raises UserError where later periods are known.
+        """
+        if self.stage > number:
+            return  # its training has begun
         name = self.periods.names[number]
         seen = self.runtime.main_first(f"seen {number}", lambda: str(any(x["period"] == name for x in self._lines())))
         if seen == "True":
             return  # evaluated before this run was stopped
+        self._first(f"ranked no later than {number}", lambda: self._check_no_later(number + 1))
         data = self._data(split)
         catalogue = _with_counts(data.catalogue, self.periods.counts_before(data.catalogue, number))
         with user_errors():
@@ -185,6 +202,13 @@ def _named(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
+def _later_periods(folder: Path) -> str:
+    return (
+        f"{folder} holds later periods than the checkpoint that is resumed: their items would be known too early; "
+        "resume the last checkpoint, or walk anew"
+    )
+
+
 def _with_counts(catalogue: Catalogue, counts: Any) -> Catalogue:
     at = catalogue.table.column_names.index("count")
     return Catalogue(catalogue.table.set_column(at, "count", pa.array(counts)), catalogue.id_mapping)
@@ -204,10 +228,27 @@ def _check(settings: Settings) -> None:
         raise UserError("--negative_sampling all needs a fixed catalogue, and this one grows: use uniform or shared")
     if training.save_strategy == "best" or training.init_from or training.max_steps > 0:
         raise UserError("--save_strategy best, --init_from and --max_steps are for train.py: leave them away")
+    for name, is_set in _without_effect(settings):
+        if is_set:
+            raise UserError(
+                f"--{name} has no effect on a walk, which ranks each period once and holds nothing out: leave it away"
+            )
+    check_options(settings.data_options)
     options = {"split", "validation", "cutoff", "test_fraction", "k_core", "ranking", "id_mapping", "max_memory_gb"}
     unused = options & set(settings.data_options)
     if unused:
         raise UserError(f"data.{min(unused)} has no effect on a walk, which splits by --period and --walk_from")
+
+
+def _without_effect(settings: Settings) -> list[tuple[str, bool]]:
+    training = settings.training
+    return [
+        ("load_best_model_at_end", training.load_best_model_at_end),
+        ("early_stopping_patience", training.early_stopping_patience is not None),
+        ("early_stopping_threshold", training.early_stopping_threshold != 0),
+        ("metric_for_best_model", training.metric_for_best_model is not None),
+        ("calibrate_cost", settings.step.calibrate_cost),
+    ]
 
 
 def main(runtime: Runtime, argv: list[str]) -> None:

@@ -101,12 +101,33 @@ def test_a_resumed_walk_is_the_uninterrupted_one(walked: Path, tmp_path: Path) -
                 assert other[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
 
 
+def test_an_older_checkpoint_is_not_resumed_with_later_periods(tmp_path: Path) -> None:
+    """Its model would be ranked and trained among items of the future. The metrics of the walk are left as they are."""
+    out = tmp_path / "out"
+    walk(out, "--walk_periods", 2, "--save_total_limit", 0)
+    older = out / "checkpoint-2"
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    before = lines(out)
+    later = "dataset holds later periods than the checkpoint that is resumed.*walk anew"
+    with pytest.raises(UserError, match=later):
+        walk(out, "--walk_periods", 2, "--resume_from_checkpoint", older)
+    assert lines(out) == before
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=later):
+        walk(out, "--walk_periods", 2, "--resume_from_checkpoint", older)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--lr_scheduler_type", "cosine"], "lr_scheduler_type cosine needs the end of the run"),
         (["--negative_sampling", "all"], "needs a fixed catalogue"),
         (["--max_steps", "3"], "are for train.py"),
+        (["--load_best_model_at_end", "true"], "--load_best_model_at_end has no effect on a walk"),
+        (["--early_stopping_patience", "2"], "--early_stopping_patience has no effect on a walk"),
+        (["--metric_for_best_model", "mrr"], "--metric_for_best_model has no effect on a walk"),
+        (["--calibrate_cost", "true"], "--calibrate_cost has no effect on a walk"),
+        (["--data.bogus", "1"], "unknown data option 'bogus'"),
         (["--data.split", "temporal"], "data.split has no effect on a walk"),
         (["--model.model_type", "mtgr"], "walks retrieval models"),
         (["--walk_from", "1999-01-01"], "leaves no event before"),
