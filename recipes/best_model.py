@@ -63,7 +63,7 @@ class BestModel:
         return state | {"checkpoint": str(self.checkpoint) if self.checkpoint else None}
 
     def load_state_dict(self, state: dict[str, Any], resumed_from: Path, step: int) -> None:
-        """Goes on from the state in the checkpoint `resumed_from` of step `step`; its own evaluation may be the best."""
+        """Goes on from the state in `resumed_from`, the checkpoint of `step`; its own evaluation may be the best."""
         if state.get("metric") != self.metric:
             followed = state.get("metric", "no metric")
             warnings.warn(f"the run followed {followed} so far: {self.metric} counts from here on", stacklevel=2)

@@ -84,7 +84,7 @@ def typed(batch: Batch, config: PrepareConfig, source: Path) -> pa.Table:
 
 
 def feature_columns(config: PrepareConfig) -> dict[str, str]:
-    """Feature -> its column of `typed`: numbered, as a feature may have any name, also one that differs by case only."""
+    """Feature -> its column of `typed`: numbered, as a feature may have any name."""
     return {name: f"feature {number}" for number, name in enumerate(dict.fromkeys(config.feature_columns))}
 
 
