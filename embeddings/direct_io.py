@@ -1,5 +1,7 @@
 """Reading and writing large files past the page cache, where the file system can: the processor copies nothing."""
 
+import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -12,11 +14,21 @@ from pathlib import Path
 ALIGNMENT = 4096  # of addresses, offsets and lengths
 _AHEAD = 6  # pieces in memory: the one that is used and those that are read
 _READERS = 2
+_HUGE_PAGE = 2 << 20
 
 
 def aligned_buffer(size: int) -> memoryview:
-    """Return bytes that begin at a page; pages that are not written to take no memory."""
-    return memoryview(mmap.mmap(-1, size))
+    """Return bytes that begin at a page, a huge one where the system has them; what is not written to takes no memory.
+
+    What a device copies to or from huge pages in one request takes many where pages are scattered.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE") or size < _HUGE_PAGE:
+        return memoryview(mmap.mmap(-1, size))
+    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begin = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE, begin, size // _HUGE_PAGE * _HUGE_PAGE)
+    return memoryview(pages)[begin : begin + size]
 
 
 def bypass_cache(descriptor: int, on: bool) -> bool:

@@ -1,5 +1,6 @@
 """Files past the page cache hold the bytes that were given, or do not exist; where that way is closed, all the same."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from grzoo.embeddings import direct_io, files
-from grzoo.embeddings.direct_io import ALIGNMENT, read_pieces
+from grzoo.embeddings.direct_io import ALIGNMENT, aligned_buffer, read_pieces
 from grzoo.embeddings.files import DamagedFile, FileWriter, check_pieces, fingerprint
 
 KILOBYTE = 1 << 10
@@ -60,6 +61,16 @@ def test_the_file_has_the_bytes_in_their_order(tmp_path: Path, way: str, size: i
     assert b"".join(map(bytes, read_pieces(path, pieces))) == content
     pieces = [piece for piece in pieces if rng.random() < 0.5]
     assert list(map(bytes, read_pieces(path, pieces))) == [content[begin:end] for begin, end in pieces]
+
+
+@pytest.mark.parametrize("size", [1, ALIGNMENT, 2 << 20, (4 << 20) + ALIGNMENT])
+def test_a_buffer_begins_at_a_page_and_a_large_one_at_a_huge_page(size: int) -> None:
+    buffer = aligned_buffer(size)
+    assert len(buffer) == size and not any(buffer[:: ALIGNMENT // 2])
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    assert address % (2 << 20 if size >= 2 << 20 else ALIGNMENT) == 0
+    buffer[-1:] = b"x"
+    assert bytes(buffer[-2:]).endswith(b"x")
 
 
 @pytest.mark.parametrize("good_writes", [0, 1, 5])
