@@ -59,7 +59,7 @@ def restore_environment(monkeypatch: pytest.MonkeyPatch):
     library().grzoo_set_memory_limit(0)
 
 
-@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"threads={n}")
+@pytest.fixture(params=[1, 2, 5], ids=lambda n: f"threads={n}")
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv("GRZOO_NUM_THREADS", str(request.param))
     return request.param
@@ -471,7 +471,7 @@ class Twins(RuleBasedStateMachine):
 
     dim = 5
 
-    @initialize(layout=st.sampled_from(RULES), threads=st.sampled_from(["1", "2", "3"]))
+    @initialize(layout=st.sampled_from(RULES), threads=st.sampled_from(["1", "2", "5"]))
     def start(self, layout: str, threads: str) -> None:
         os.environ["GRZOO_NUM_THREADS"] = threads
         self.rule_name = layout

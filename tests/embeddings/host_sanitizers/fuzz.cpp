@@ -1,5 +1,5 @@
 // Drives the C interface with random calls, good and bad, against a std::map; meant to be built with a sanitizer:
-//     fuzz SEED ROUNDS            one thread of control, kernels with 1..3 threads: AddressSanitizer, UBSan
+//     fuzz SEED ROUNDS            one thread of control, kernels with 1..5 threads: AddressSanitizer, UBSan
 //     fuzz SEED ROUNDS threads    several threads share storages, then fork: ThreadSanitizer
 #include <math.h>
 #include <stdio.h>
@@ -75,7 +75,7 @@ public:
     }
 
 private:
-    int threads() { return 1 + static_cast<int>(random_() % 3); }
+    int threads() { return 1 + static_cast<int>(random_() % 5); }
     int64_t size() { return static_cast<int64_t>(random_() % 5 ? random_() % 300 : random_() % 20000); }
 
     Key key() {
