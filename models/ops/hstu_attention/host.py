@@ -4,7 +4,7 @@ import ctypes
 from functools import cache
 
 import torch
-from grzoo.models.ops.host import HIGHEST_LEVEL, library
+from grzoo.models.ops.host import AttentionCall, View, check_host_tensor, library
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -31,11 +31,7 @@ def hstu_attention_host(
     Raises:
         ValueError: for tensors that are not on the CPU, float64, a sequence longer than `max_length`, missing times.
     """
-    if query.device.type != "cpu" or query.dtype == torch.float64:
-        raise ValueError(
-            f"The host kernel takes CPU tensors of at most 32 bits, got {query.dtype} on {query.device}: "
-            "choose another attn_implementation."
-        )
+    check_host_tensor(query)
     if layout.max_length > max_length:
         raise ValueError(
             f"A sequence has {layout.max_length} tokens, but max_length is {max_length}: "
@@ -130,10 +126,6 @@ def _backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: igno
 _hstu_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _View(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
-
-
 class _Structure(ctypes.Structure):  # GrzooAttention of host.cpp
     _fields_ = [
         *(
@@ -142,7 +134,7 @@ class _Structure(ctypes.Structure):  # GrzooAttention of host.cpp
         ),
         *((name, ctypes.c_void_p) for name in ("cu_seq_lens", "timestamps", "target_timestamps", "thresholds")),
         *((name, ctypes.c_void_p) for name in ("position_table", "time_table")),
-        *((name, _View) for name in ("query", "key", "value", "grad_out")),
+        *((name, View) for name in ("query", "key", "value", "grad_out")),
         *(
             (name, ctypes.c_void_p)
             for name in ("out", "grad_query", "grad_key", "grad_value", "grad_position", "grad_time")
@@ -153,9 +145,7 @@ class _Structure(ctypes.Structure):  # GrzooAttention of host.cpp
     ]
 
 
-class _Call:
-    """The arguments of one call in C, and the tensors that must stay alive until it returns."""
-
+class _Call(AttentionCall):
     def __init__(
         self,
         query: Tensor,
@@ -167,14 +157,10 @@ class _Call:
         timestamps: Tensor | None,
         target_timestamps: Tensor | None,
         max_length: int,
-    ):
-        self.alive: list[Tensor] = []
-        fields = self.structure = _Structure()
-        fields.num_sequences, fields.max_length = cu_seq_lens.numel() - 1, max_length
-        _, fields.heads, fields.key_width = query.shape
-        fields.value_width = value.shape[2]
-        fields.query, fields.key, fields.value = (self.view(x) for x in (query, key, value))
-        fields.cu_seq_lens = self.dense(cu_seq_lens, torch.int64)
+    ) -> None:
+        fields = _Structure()
+        super().__init__(fields, query, key, value, cu_seq_lens, 1.0 / max_length)
+        fields.max_length = max_length
         fields.position_table = self.dense(position_table, torch.float32)
         if time_table is not None:
             assert timestamps is not None and target_timestamps is not None
@@ -183,20 +169,6 @@ class _Call:
             fields.timestamps = self.dense(timestamps, torch.int64)
             fields.target_timestamps = self.dense(target_timestamps, torch.int64)
             fields.thresholds = self.dense(bucket_thresholds(time_table.numel()), torch.int64)
-        fields.scale = 1.0 / max_length
-        fields.threads = torch.get_num_threads()
-        fields.level = HIGHEST_LEVEL
-
-    def dense(self, x: Tensor, dtype: torch.dtype) -> int:
-        self.alive.append(x.to(dtype).contiguous())
-        return self.alive[-1].data_ptr()
-
-    def view(self, x: Tensor) -> _View:
-        assert x.dtype == torch.float32
-        if x.stride(2) != 1 and x.shape[2] > 1:
-            x = x.contiguous()
-        self.alive.append(x)
-        return _View(x.data_ptr(), x.stride(0), x.stride(1))
 
     def run(self, *, backward: bool) -> None:
         function = library().grzoo_hstu_attention

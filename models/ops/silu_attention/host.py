@@ -3,7 +3,7 @@
 import ctypes
 
 import torch
-from grzoo.models.ops.host import HIGHEST_LEVEL, library
+from grzoo.models.ops.host import AttentionCall, View, check_host_tensor, library
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -28,11 +28,7 @@ def silu_attention_host(
     Raises:
         ValueError: for tensors that are not on the CPU, and float64.
     """
-    if query.device.type != "cpu" or query.dtype == torch.float64:
-        raise ValueError(
-            f"The host kernel takes CPU tensors of at most 32 bits, got {query.dtype} on {query.device}: "
-            "choose another attn_implementation."
-        )
+    check_host_tensor(query)
     out: Tensor = _silu_attention(
         query.float(),
         key.float(),
@@ -111,16 +107,12 @@ def _backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: igno
 _silu_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _View(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
-
-
 class _Structure(ctypes.Structure):  # GrzooSiluAttention of host.cpp
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_sequences", "heads", "key_width", "value_width")),
         *((name, ctypes.c_int64) for name in ("max_distance", "always")),
         *((name, ctypes.c_void_p) for name in ("cu_seq_lens", "query_times", "key_times", "inverse")),
-        *((name, _View) for name in ("query", "key", "value", "grad_out")),
+        *((name, View) for name in ("query", "key", "value", "grad_out")),
         *((name, ctypes.c_void_p) for name in ("out", "grad_query", "grad_key", "grad_value")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
@@ -128,9 +120,7 @@ class _Structure(ctypes.Structure):  # GrzooSiluAttention of host.cpp
     ]
 
 
-class _Call:
-    """The arguments of one call in C, and the tensors that must stay alive until it returns."""
-
+class _Call(AttentionCall):
     def __init__(
         self,
         query: Tensor,
@@ -142,29 +132,13 @@ class _Call:
         inverse: Tensor,
         max_distance: int,
         scale: float,
-    ):
-        self.alive: list[Tensor] = []
-        fields = self.structure = _Structure()
-        fields.num_sequences, fields.max_distance, fields.always = cu_seq_lens.numel() - 1, max_distance, ALWAYS
-        _, fields.heads, fields.key_width = query.shape
-        fields.value_width = value.shape[2]
-        fields.query, fields.key, fields.value = (self.view(x) for x in (query, key, value))
-        fields.cu_seq_lens = self.dense(cu_seq_lens, torch.int64)
+    ) -> None:
+        fields = _Structure()
+        super().__init__(fields, query, key, value, cu_seq_lens, scale)
+        fields.max_distance, fields.always = max_distance, ALWAYS
         fields.query_times = self.dense(query_times, torch.int64)
         fields.key_times = self.dense(key_times, torch.int64)
         fields.inverse = self.dense(inverse, torch.float32)
-        fields.scale, fields.threads, fields.level = scale, torch.get_num_threads(), HIGHEST_LEVEL
-
-    def dense(self, x: Tensor, dtype: torch.dtype) -> int:
-        self.alive.append(x.to(dtype).contiguous())
-        return self.alive[-1].data_ptr()
-
-    def view(self, x: Tensor) -> _View:
-        assert x.dtype == torch.float32
-        if x.stride(2) != 1 and x.shape[2] > 1:
-            x = x.contiguous()
-        self.alive.append(x)
-        return _View(x.data_ptr(), x.stride(0), x.stride(1))
 
     def run(self, *, backward: bool) -> None:
         code = library().grzoo_silu_attention(ctypes.byref(self.structure), ctypes.c_int(backward))

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from grzoo.models.ops import hstu_attention, hstu_attention_eager, hstu_attention_host, hstu_attention_naive
-from grzoo.models.ops.host import available, library
+from grzoo.models.ops.host import attention_call, available, library
 from grzoo.models.ops.hstu_attention import host
 from grzoo.models.ops.hstu_attention.bias import time_buckets
 from grzoo.models.packing import JaggedLayout
@@ -90,7 +90,7 @@ def poisoned(monkeypatch):
 )
 @pytest.mark.parametrize("level", [0, 1])
 def test_host_equals_naive(lengths, heads, with_time, times, level, monkeypatch, poisoned):
-    monkeypatch.setattr(host, "HIGHEST_LEVEL", level)
+    monkeypatch.setattr(attention_call, "HIGHEST_LEVEL", level)
     torch.manual_seed(0)
     layout = layout_of(lengths, times)
     check_against_naive(layout, inputs_of(layout.num_tokens, heads, 25, 50, with_time), 50)
@@ -137,7 +137,7 @@ def test_threads_do_not_change_a_bit(threads):
 @pytest.mark.parametrize("num_buckets", [1, 2, 40, 129, 160])
 def test_buckets_are_those_of_the_naive_twin(times, num_buckets, level, monkeypatch):
     """With scores of zero, the identity as values and a table that counts, the output names the bucket of each pair."""
-    monkeypatch.setattr(host, "HIGHEST_LEVEL", level)
+    monkeypatch.setattr(attention_call, "HIGHEST_LEVEL", level)
     torch.manual_seed(4)
     thresholds = [x for x in host.bucket_thresholds(160).tolist() if x < 2**31 - 1]
     steps = torch.tensor([x + d for x in thresholds for d in (1, 0, -1)]).sort(descending=True).values

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from grzoo.models.ops.host import available
-from grzoo.models.ops.silu_attention import Visibility, host, silu_attention_auto, silu_attention_host
+from grzoo.models.ops.host import attention_call, available
+from grzoo.models.ops.silu_attention import Visibility, silu_attention_auto, silu_attention_host
 from grzoo.models.ops.silu_attention.naive import silu_attention_naive
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +37,7 @@ def assert_close(expected, got, tolerance=1e-5):
 @pytest.mark.parametrize("mask", ALL_MASKS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_host_equals_naive(lengths, mask, level, monkeypatch):
-    monkeypatch.setattr(host, "HIGHEST_LEVEL", level)
+    monkeypatch.setattr(attention_call, "HIGHEST_LEVEL", level)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(torch.nan))
     torch.manual_seed(0)
