@@ -170,7 +170,8 @@ def check_metadata(
 ) -> bool:
     """Raise ValueError where files and collection differ; return whether to load the state.
 
-    In a warm start what says how new rows begin (seed, initial values) may differ: that is a warning.
+    Rows may have another precision: they are converted, with a warning. In a warm start what says how new rows begin
+    (seed, initial values) may differ too.
     """
     saved = {config["name"]: TableConfig.from_dict(config) for config in metadata["tables"]}
     pairs: list[tuple[str, Any, Any]] = [
@@ -178,15 +179,16 @@ def check_metadata(
         ("number of buckets", metadata["num_buckets"], NUM_BUCKETS),
     ]
     births: list[tuple[str, Any, Any]] = [("seed", metadata["seed"], collection.seed)]
+    precisions: list[tuple[str, Any, Any]] = []
+    kinds = {"embedding_dim": pairs, "initializer": births, "init_key": births, "row_dtype": precisions}
     for name, theirs_name in names.items():
         theirs, ours = saved[theirs_name], collection.tables[name]
-        for key in ("embedding_dim", "initializer", "init_key", "row_dtype"):
-            into = pairs if key == "embedding_dim" else births
+        for key, into in kinds.items():
             into.append((f"{key} of table {name!r}", getattr(theirs, key), getattr(ours, key)))
     for what, other, own in pairs if warm else pairs + births:
         if other != own:
             raise ValueError(f"{what}: the files have {other!r}, this collection has {own!r}")
-    for what, other, own in births if warm else []:
+    for what, other, own in precisions + births if warm else precisions:
         if other != own:
             logger.warning("%s: the files have %r, this collection goes on with %r", what, other, own)
     edges = [shard["buckets"] for shard in metadata["shards"]]

@@ -193,9 +193,43 @@ def test_s20_files_hold_what_the_rows_hold(tmp_path: Path) -> None:
     again = build(merge=False)
     load_tables(again, tmp_path, state=False)
     assert all(torch.equal(rows_of(again, name), rows_of(tables, name)) for name in tables.table_names)
-    with pytest.raises(ValueError, match="row_dtype of table 'half': the files have 'bfloat16', this collection has"):
-        configs = [TableConfig(name=c.name, embedding_dim=6, initializer=NORMAL) for c in tables.tables.values()]
-        load_tables(DynamicEmbeddingCollection(configs, [], seed=1), tmp_path)
+
+
+@pytest.mark.parametrize("to", ["float32", "bfloat16"])
+@pytest.mark.parametrize("unknown", ["zeros", "shared"])
+@pytest.mark.parametrize("backend", ["naive", "host"])
+def test_s20_a_checkpoint_loads_at_the_other_precision(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, backend: str, to: str, unknown: str
+) -> None:
+    def build_as(dtype: str) -> tuple[DynamicEmbeddingCollection, SparseAdam]:
+        admission = {"min_count": 2} if unknown == "shared" else None
+        config = TableConfig(
+            name="item", embedding_dim=6, initializer=NORMAL, row_dtype=dtype, unknown=unknown, admission=admission
+        )
+        tables = DynamicEmbeddingCollection(
+            [config], [FeatureConfig(name="item", table="item")], backend=backend, seed=1
+        )
+        return tables, SparseAdam(tables, lr=0.02)
+
+    def step(tables: DynamicEmbeddingCollection, optimizer: SparseAdam, ids: torch.Tensor) -> None:
+        tables({"item": ids})["item"].square().sum().backward()
+        optimizer.step()
+
+    saved, optimizer = build_as("bfloat16" if to == "float32" else "float32")
+    for start in (0, 10, 20, 15):
+        step(saved, optimizer, torch.arange(start, start + 30))
+    save_tables(saved, tmp_path, state=True)
+    loaded, optimizer = build_as(to)
+    load_tables(loaded, tmp_path)
+    assert "row_dtype of table 'item'" in caplog.text
+    expected, found = saved.export_rows("item"), loaded.export_rows("item")
+    if unknown == "shared":
+        expected |= {f"shared {part}": values for part, values in saved.shared_row("item").items()}
+        found |= {f"shared {part}": values for part, values in loaded.shared_row("item").items()}
+    for name, values in expected.items():
+        is_row = name.endswith("rows") and to == "bfloat16"
+        torch.testing.assert_close(found[name], values.bfloat16().float() if is_row else values, rtol=0, atol=0)
+    step(loaded, optimizer, torch.arange(40))  # goes on
 
 
 def test_settings_are_checked() -> None:
