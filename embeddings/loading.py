@@ -25,6 +25,7 @@ from .use import LAST_USE
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
+    from .exchange import Exchange
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def load_tables(
             no others. For a warm start; a seed or initial values that differ are then only a warning.
         rename: table of the collection -> its name in the files, where that is another one.
         fingerprints: of the files, to compare those on the way that one rank reads from end to end, `whole_shards`;
-            others must have been compared before. Default: those in the index of an export.
+            others must have been compared before. Default: those in the index of an export, all of which are compared.
 
     Example:
         load_tables(collection, "export", state=False, tables=["item"], rename={"item": "video"})
@@ -73,6 +74,8 @@ def load_tables(
         with_state = check_metadata(collection, metadata, state, names, warm=tables is not None)
         if fingerprints is None and metadata["optimizer"] is None:  # else much would be read that is not wanted
             fingerprints = metadata.get("fingerprints")
+            if fingerprints is not None:
+                _check_divided(Path(folder), metadata, fingerprints, exchange)
         fresh = _empty_tables(collection, metadata, with_state)
         first, end = bucket_range(exchange.rank, exchange.world_size)
         _reserve(collection, fresh, num_rows, end - first)
@@ -96,7 +99,8 @@ def load_tables(
                 targets += [_Target(side, *place, dict(SIDE_COLUMNS)) for side, place in sides.items()]
                 _load_shard(targets, file, shard, span, expected)
         if metadata.get("shared_rows"):
-            _check_shared(Path(folder), fingerprints)
+            if fingerprints is not None:
+                _check_file(Path(folder), SHARED_FILE, fingerprints)
             load_shared(collection, fresh, Path(folder) / SHARED_FILE, names, state=with_state)
     except MemoryError as error:
         problem = error
@@ -297,9 +301,18 @@ def _load_shard(
                     target.write(column, values, at)
 
 
-def _check_shared(folder: Path, fingerprints: Mapping[str, Fingerprint] | None) -> None:
-    if fingerprints is not None and fingerprint(folder / SHARED_FILE) != fingerprints.get(SHARED_FILE):
-        raise DamagedFile(f"{folder} is damaged: the checksum of {SHARED_FILE} is wrong")
+def _check_divided(
+    folder: Path, metadata: Mapping[str, Any], fingerprints: Mapping[str, Fingerprint], exchange: "Exchange"
+) -> None:
+    """Compare the shards that no rank reads from end to end, each on one of the ranks."""
+    divided = {shard["file"] for shard in metadata["shards"]} - whole_shards(metadata, exchange.world_size)
+    for name in sorted(divided)[exchange.rank :: exchange.world_size]:
+        _check_file(folder, name, fingerprints)
+
+
+def _check_file(folder: Path, name: str, fingerprints: Mapping[str, Fingerprint]) -> None:
+    if fingerprint(folder / name) != fingerprints.get(name):
+        raise DamagedFile(f"{folder} is damaged: the checksum of {name} is wrong")
 
 
 def _table_target(

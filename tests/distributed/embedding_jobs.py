@@ -116,6 +116,14 @@ def save(rank: int, world_size: int, folder: str, max_shard_bytes: int) -> Any:
     return tables.total_rows("item")
 
 
+def export(folder: str, max_shard_bytes: int) -> None:
+    tables = build()
+    optimizer = OPTIMIZERS["adamw"](tables)
+    fill(tables)
+    save_tables(tables, folder, state=False, max_shard_bytes=max_shard_bytes)
+    del optimizer
+
+
 def load(rank: int, world_size: int, folder: str) -> Any:
     tables = build()
     optimizer = OPTIMIZERS["adamw"](tables)
@@ -272,6 +280,24 @@ def damaged_shard(rank: int, world_size: int, folder: str) -> Any:
     tables.prepare([{"input_ids": torch.tensor([4])}], insert=True)
     result = outcome(lambda: load_tables(tables, folder, state=False))
     return result, tables.total_rows()
+
+
+def flipped_export(rank: int, world_size: int, folder: str) -> Any:
+    """One bit of one file after the other is wrong, most of which several ranks read parts of."""
+    outcomes = []
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        content = file.read_bytes()
+        dist.barrier()
+        if rank == 0:
+            at = len(content) - 9
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        dist.barrier()
+        outcomes.append(outcome(lambda: load_tables(build().eval(), folder)))
+        dist.barrier()
+        if rank == 0:
+            file.write_bytes(content)
+    dist.barrier()
+    return outcomes, outcome(lambda: load_tables(build().eval(), folder))
 
 
 def run_jobs(rank: int, world_size: int, jobs: list[tuple[str, list[Any]]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved")
     jobs.save(0, 1, str(path / "one"), SHARD_BYTES)
     jobs.save(0, 1, str(path / "cut"), SHARD_BYTES)
+    jobs.export(str(path / "export"), SHARD_BYTES)
     return path
 
 
@@ -34,7 +35,7 @@ def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     todo += [("save", [str(folder / str(world)), SHARD_BYTES]), ("load", [str(folder / "one")])]
     todo += [(name, []) for name in ("bad_input", "failing_owner", "other_config", "not_finite", "one_silent_rank")]
     todo += [(name, []) for name in ("lost_step", "statistics", "reshard")]
-    todo += [("damaged_shard", [str(folder / "cut")])]
+    todo += [("damaged_shard", [str(folder / "cut")]), ("flipped_export", [str(folder / "export")])]
     if world == 3:
         todo += [("sub_group", [])]
     if world not in _cache:
@@ -178,6 +179,13 @@ def test_s22_a_damaged_shard_is_refused_by_all_and_nothing_is_lost(ranks: list[A
     for result in ranks:
         (kind, text), rows = next(value for key, value in result.items() if key.startswith("damaged_shard"))
         assert kind == "ValueError" and "its header describes" in text and rows == 1
+
+
+def test_s22_a_wrong_bit_in_any_shard_of_an_export_is_found_on_any_number_of_ranks(ranks: list[Any]) -> None:
+    for result in ranks:
+        outcomes, unharmed = next(value for key, value in result.items() if key.startswith("flipped_export"))
+        assert len(outcomes) > 1 and unharmed == ["", ""]
+        assert all("the checksum of embeddings-" in text for _, text in outcomes)
 
 
 def test_s26_the_process_group_is_injectable(folder: Path, request: pytest.FixtureRequest) -> None:
