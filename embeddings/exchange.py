@@ -65,10 +65,10 @@ class Exchange:
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Tensors of one shape from all ranks, on the CPU."""
-        tensor = tensor.to(self.device)
+        (tensor,) = move([tensor], self.device)
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(gathered, tensor, group=self.group)
-        return [t.cpu() for t in gathered]
+        return move(gathered, HOST)  # one wait for all
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         """Return the integers (int64, any number) of every rank; one collective up to 63 per rank, else two."""
@@ -147,7 +147,8 @@ class Exchange:
         """
         if self.world_size == 1 or not parts:
             return move(parts, devices)
-        widths = torch.tensor([part[0:1].numel() if len(part) else _row_numel(part) for part in parts])
+        numels = [part[0:1].numel() if len(part) else _row_numel(part) for part in parts]
+        widths = torch.tensor(numels, dtype=torch.int64, device=HOST)
         flat = move([part.reshape(-1) for part in parts], self.device)
         buffer = _to_rank_major(flat, sent * widths)
         received_elements = received * widths

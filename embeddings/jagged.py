@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import FeatureConfig
+from .transfer import move
 
 
 class Jagged(NamedTuple):
@@ -46,8 +47,10 @@ class Bags(NamedTuple):
 
     def to(self, device: torch.device) -> "Bags":
         """Return the bags on a device; gradients of weights go back to where those were given."""
-        weights = None if self.weights is None else self.weights.to(device)
-        return self._replace(offsets=self.offsets.to(device), weights=weights)
+        weights = self.weights
+        if weights is not None:  # a copy that is queued (see move) has no gradient
+            weights = weights.to(device) if weights.requires_grad else move([weights], device)[0]
+        return self._replace(offsets=move([self.offsets], device)[0], weights=weights)
 
     @property
     def lengths(self) -> Tensor:

@@ -190,7 +190,7 @@ class PhysicalTable:
         if len(self.configs) == 1 or len(self) == 0:
             return len(self)
         if self._rows_by_table is None:
-            self._rows_by_table = torch.bincount(self.storage.keys()[0].cpu(), minlength=len(self.configs))
+            self._rows_by_table = torch.bincount(self.storage.keys()[0], minlength=len(self.configs)).cpu()
         return int(self._rows_by_table[logical])
 
     def lookup(self, tables: Tensor, ids: Tensor, *, insert: bool) -> tuple[Tensor, int]:
@@ -245,7 +245,8 @@ class PhysicalTable:
         if isinstance(self.storage, HasInitialRows) and not pretrained:
             return torch.where(mine[:, None], self.storage.gather_or_initial(handles, tables, ids), rows)
         place = mine.nonzero().flatten()
-        born, tables, ids = torch.zeros(len(place), self.dim, device=HOST), tables[place].cpu(), ids[place].cpu()
+        born = torch.zeros(len(place), self.dim, dtype=torch.float32, device=HOST)
+        tables, ids = tables[place].cpu(), ids[place].cpu()
         for logical, law in enumerate(self._laws()):
             chosen = (tables == logical).nonzero().flatten()
             born[chosen] = initial_rows(law, ids[chosen], self.dim)
@@ -328,15 +329,17 @@ class PhysicalTable:
         None stands for rows of zeros, those of a side table.
         """
         count = len(ids)
-        slots = {
-            slot.name: state[slot.name] if slot.name in state else torch.full((count, slot.width), slot.fill)
+        fills = {
+            slot.name: torch.full((count, slot.width), slot.fill, dtype=torch.float32, device=HOST)
             for slot in self.slots
+            if slot.name not in state
         }
+        slots = {slot.name: state[slot.name] for slot in self.slots if slot.name in state} | fills
         zeros = torch.zeros(count, dtype=torch.int32, device="cpu")
         slots |= {slot.name: as_slot(state.get(slot.name, zeros)) for slot in self.use_slots}
         step = state.get(STEP_SLOT, zeros)
         self._rows_by_table = None
-        values = torch.zeros(count, self.dim, device="cpu") if rows is None else rows.float()
+        values = torch.zeros(count, self.dim, dtype=torch.float32, device=HOST) if rows is None else rows.float()
         self.storage.write(tables, ids, values, slots | {STEP_SLOT: step.reshape(count, 1)})
 
     def check_import(self, table: str, values: Mapping[str, Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ def _queue(tensor: Tensor, device: torch.device) -> Tensor:
         return empty_pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

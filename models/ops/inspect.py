@@ -14,8 +14,9 @@ from grzoo.embeddings.kernels.triton.inspect import TARGETS, Report, Variant, re
 
 from .hstu_attention import triton_kernels
 from .hstu_attention.triton_launch import Launch, launch_of, padded
+from .keyed_dropout import triton_kernels as dropout_kernels
+from .keyed_dropout.triton import shape_of
 from .norm_gate_dropout import triton_kernels as norm_gate_kernels
-from .norm_gate_dropout.triton import shape_of
 from .sampled_softmax import triton_kernels as softmax_kernels
 from .sampled_softmax.triton import shape_of as softmax_shape_of
 
@@ -54,6 +55,7 @@ def variants(dtype: str, width: int, target: str) -> Iterator[tuple[Variant, Lau
     for name in ("forward", "backward"):
         kernel = getattr(norm_gate_kernels, f"norm_gate_{name}_kernel")
         yield Variant(kernel, {**shape_of(width), "DROPOUT": 1}, 4, width), Launch(1, 4, 3)
+    yield Variant(dropout_kernels.keyed_dropout_kernel, shape_of(width), 4, width), Launch(1, 4, 3)
     for name in ("token_loss", "query_gradient", "row_gradient"):
         kernel = getattr(softmax_kernels, f"{name}_kernel")
         yield Variant(kernel, softmax_shape_of(width, 129), 4, width), Launch(1, 4, 3)

@@ -76,6 +76,9 @@ class SimulatedDevice(TorchDispatchMode):
             lands_here = isinstance(args[0], OnDevice)
         if here and (func in WAITS or not lands_here or self._waits(func, args, kwargs)):
             self.waits[str(func)] += 1
+        if func in COPIES and lands_here and any(not isinstance(t, OnDevice) and t.ndim for t in tensors):
+            queued = kwargs.get("non_blocking", False) or (func is aten.copy_.default and any(args[2:]))
+            self.waits[f"{func} to the device"] += not queued
         if to is not None:
             kwargs = kwargs | {"device": torch.device("cpu")}
         result = func(*_real(args), **_real(kwargs))

@@ -31,7 +31,9 @@ class Chunks:
     def holding(cls, values: Tensor) -> "Chunks":
         """Return rows in one chunk that is the tensor [n, width] itself: handle i is row i."""
         rows = cls(values.shape[1], _ONE_CHUNK, values.dtype, values.device)
-        rows.append([values])
+        rows.chunks = [values]
+        # the address goes as an argument of a launch, which nobody waits for
+        rows.pointers = torch.full((1,), values.data_ptr(), dtype=torch.int64, device=values.device)
         return rows
 
     @property
@@ -75,6 +77,7 @@ class Chunks:
 
     def scatter(self, handles: Tensor, values: Tensor) -> None:
         """Overwrite rows with values [n, width] of this dtype. Handles are distinct."""
+        assert values.dtype == self.dtype
         if n := len(handles):
             shape = self.shape
             source = values.contiguous().view(torch.int32)

@@ -69,6 +69,7 @@ def segment_sum_kernel(
     end = tl.load(offsets + segment + 1)
     total = tl.zeros((PADDED,), tl.float32)
     if START:
+        inside = inside & (at < end)  # a segment without values stays as it is, and costs no access
         total = tl.load(out + segment * WIDTH + column, mask=inside, other=0.0)
     while at + MANY <= end:
         for u in tl.static_range(MANY):

@@ -10,6 +10,8 @@ from torch import Tensor
 from . import updates
 from .chunks import Chunks
 
+_ROUNDED = 1 << 15  # rows whose random bits, 8 bytes an element and more, are in memory at a time
+
 
 class HalfChunks(Chunks):
     """Rows of `dim` bfloat16; given and returned as float32."""
@@ -42,8 +44,7 @@ def apply(
 ) -> None:
     """Apply one optimizer step to bfloat16 rows: on float32 copies of rows and state, which are then written back.
 
-    keys int64 [n] of the rows round stochastically, None to the nearest. A number of launches that does not depend on
-    n; nothing waits for the device.
+    keys int64 [n] of the rows round stochastically, None to the nearest. Nothing waits for the device.
     """
     copies = {name: Chunks.holding(array.gather(handles)) for name, array in slots.items()}
     values = rows.gather(handles)
@@ -52,5 +53,7 @@ def apply(
     for name, copy in copies.items():
         slots[name].scatter(handles, copy.chunks[0])
     if keys is not None:
-        values = round_stochastic(values, keys, copies[STEP_SLOT].chunks[0].flatten().long())
+        steps = copies[STEP_SLOT].chunks[0].flatten().long()
+        parts = zip(*(x.split(_ROUNDED) for x in (values, keys, steps)), strict=True)
+        values = torch.cat([round_stochastic(*part) for part in parts]) if len(values) else values
     rows.scatter(handles, values)

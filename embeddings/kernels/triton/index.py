@@ -10,7 +10,7 @@ from .launch import WIDER, blocks, on
 # compare-and-swap with more.
 BLOCK = 64 * WIDER
 _FIRST_CAPACITY = 1 << 10
-_MAX_ROWS = 1 << 32  # a tag has 32 bits for the row
+_MAX_ROWS = (1 << 31) - 1  # what torch sorts on a GPU
 
 
 class KeyIndex:
@@ -56,7 +56,7 @@ class KeyIndex:
     def reserve(self, count: int) -> None:
         """Make room for `count` more keys. Growth to twice the size or more is one launch over the old slots.
 
-        Raises MemoryError beyond 2^32 rows.
+        Raises MemoryError beyond 2^31 - 1 rows.
         """
         if self.used + count > _MAX_ROWS:
             raise MemoryError(f"a table on one device holds at most {_MAX_ROWS} rows: shard it over more ranks")
@@ -86,7 +86,7 @@ class KeyIndex:
         return new
 
     def erase(self, tables: Tensor, ids: Tensor) -> int:
-        """Delete keys (which may repeat or be absent) and return how many there were. One wait for the device."""
+        """Delete keys (which may repeat or be absent) and return how many there were. Two waits for the device."""
         slots = self.find(tables, ids, slots=True)
         slots = torch.unique(slots[slots >= 0])
         n = len(slots)
@@ -94,7 +94,7 @@ class KeyIndex:
             return 0
         tags = self.records[:, 1]
         freed = (tags[slots] & 0xFFFFFFFF).sort(descending=True).values  # by row: slots depend on who won them
-        tags[slots] = -2
+        tags.index_fill_(0, slots, -2)
         leads = torch.empty(n, dtype=torch.int32, device=self.device)
         args = self.records, self.capacity, slots, leads, n
         with on(self.device):

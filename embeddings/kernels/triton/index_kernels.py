@@ -25,9 +25,13 @@ def load_record(records, slot, live):
 
 
 @triton.jit
-def place(records, capacity, tables, ids, rows, live):
-    """Claim an empty slot for each live key. The keys are distinct and absent: none is compared."""
-    slot = home_slot(tables, ids, capacity)
+def place(records, capacity, tables, ids, rows, live, parked):
+    """Claim an empty slot for each live key. The keys are distinct and absent: none is compared.
+
+    A lane without a key changes nothing, but asks all the same: at a slot of its own (parked), since atomics on one
+    address queue.
+    """
+    slot = tl.where(live, home_slot(tables, ids, capacity), parked & (capacity - 1))
     tag = (tables.to(tl.int64) << 32) | rows
     while tl.max(live.to(tl.int32), axis=0) > 0:
         expected = tl.where(live, tag * 0 + EMPTY, tag * 0 - 3)  # -3 is nowhere: lanes that are done change nothing
@@ -76,7 +80,7 @@ def insert_kernel(
     row = tl.where(again, tl.load(free + (num_free - 1 - k), mask=again, other=0), used + k - num_free)
     tl.store(handles + position, row, mask=live)
     tl.store(new_handles + k, row, mask=live)
-    place(records, capacity, key_table, key_id, row, live)
+    place(records, capacity, key_table, key_id, row, live, k)
 
 
 @triton.jit
@@ -84,7 +88,7 @@ def rehash_kernel(old_records, records, capacity, BLOCK: tl.constexpr):
     """Place the keys of BLOCK old slots into a larger, empty index."""
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     record_id, tag = load_record(old_records, slot, slot >= 0)
-    place(records, capacity, (tag >> 32).to(tl.int32), record_id, tag & ROW, tag >= 0)
+    place(records, capacity, (tag >> 32).to(tl.int32), record_id, tag & ROW, tag >= 0, slot)
 
 
 @triton.jit(do_not_specialize=["n"])

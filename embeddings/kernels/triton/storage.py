@@ -13,13 +13,14 @@ from .index import KeyIndex
 from .launch import blocks, default_device, on
 from .laws import Laws
 
-_CHUNK_BYTES = 8 << 20
+# At least what torch's allocator does not cut out of shared segments of 20 MiB, in which it would leave gaps.
+_CHUNK_BYTES = 10 << 20
 _MIN_SHIFT = 8
 
 
 def _shift(dim: int) -> int:
-    """Rows of a chunk as a power of two: the most that fit into 8 MiB, at least 256."""
-    return max(_MIN_SHIFT, (_CHUNK_BYTES // (4 * dim)).bit_length() - 1)
+    """Rows of a chunk as a power of two: the fewest that fill 10 MiB, at least 256."""
+    return max(_MIN_SHIFT, (-(-_CHUNK_BYTES // (4 * dim)) - 1).bit_length())
 
 
 class TritonStorage(TableStorage):

@@ -1,9 +1,9 @@
 """Which tiles of which sequences the programs of a Triton kernel work on."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
@@ -44,7 +44,8 @@ def row_tiles(layout: JaggedLayout, tile: int, *, by_rows: bool) -> RowTiles:
             blocks.sort(key=lambda block: -block[1])
         else:
             blocks.sort(key=lambda block: block[1] * tile - layout.lengths[block[0]])
-        layout.cache[key] = RowTiles(*_columns(blocks, 2, layout.cu_seq_lens.device))
+        columns = np.asarray(blocks, dtype=np.int32).reshape(-1, 2).T
+        layout.cache[key] = RowTiles(*(_on(column.copy(), layout.cu_seq_lens.device) for column in columns))
     tiles: RowTiles = layout.cache[key]
     return tiles
 
@@ -53,23 +54,28 @@ def diagonal_tiles(layout: JaggedLayout, tile: int) -> DiagonalTiles:
     """All tiles of pairs j <= i."""
     key = ("diagonal_tiles", tile)
     if key not in layout.cache:
-        counts = [-(-length // tile) for length in layout.lengths]
-        found = [(d, n, b) for n, count in enumerate(counts) for b in range(count) for d in range(b + 1)]
-        found.sort()
+        counts = -(-np.asarray(layout.lengths, dtype=np.int64) // tile)
+        blocks = _up_to(counts)
+        pairs = blocks + 1  # a block of rows meets as many blocks of columns
+        distance = _up_to(pairs)
+        order = np.argsort(distance, kind="stable")
         first, distances = [0], []
-        for distance, group in groupby(found, key=lambda entry: entry[0]):
-            size = len(list(group))
+        for number, size in enumerate(np.bincount(distance).tolist()):
             for begin in range(0, size, TILES_PER_SEGMENT):
                 first.append(first[-1] + min(TILES_PER_SEGMENT, size - begin))
-                distances.append(distance)
-        device = layout.cu_seq_lens.device
-        _, sequence, block = _columns(found, 3, device)
-        whole = [torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (first, distances)]
-        layout.cache[key] = DiagonalTiles(sequence, block, *whole)
+                distances.append(number)
+        sequences = np.repeat(np.arange(len(counts)), counts)
+        columns = (np.repeat(sequences, pairs)[order], np.repeat(blocks, pairs)[order], first, distances)
+        layout.cache[key] = DiagonalTiles(*(_on(column, layout.cu_seq_lens.device) for column in columns))
     tiles: DiagonalTiles = layout.cache[key]
     return tiles
 
 
-def _columns(entries: Sequence[tuple[int, ...]], width: int, device: torch.device) -> list[Tensor]:
-    table = torch.tensor(entries, dtype=torch.int32).reshape(-1, width).T.contiguous()
-    return list(table.to(device, non_blocking=True))
+def _up_to(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """0 .. n - 1 for each n of counts, one behind the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _on(values: npt.ArrayLike, device: torch.device) -> Tensor:
+    """int32 [n] in memory of its own: kernels are compiled anew for a tensor that is aligned otherwise."""
+    return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 from .host import bucket_thresholds
-from .tiles import diagonal_tiles, row_tiles
+from .tiles import DiagonalTiles, diagonal_tiles, row_tiles
 from .triton_launch import Attention, dense, forward, gradients, launch_for, padded, strides
 
 
@@ -45,7 +45,7 @@ def hstu_attention_triton(
     times = (None, None) if time_table is None else _relative_times(layout)
     tile = launch_for(query, value).tile
     rows, columns = (row_tiles(layout, tile, by_rows=by_rows) for by_rows in (True, False))
-    diagonals = diagonal_tiles(layout, tile)
+    diagonals = diagonal_tiles(layout, tile) if torch.is_grad_enabled() else DiagonalTiles(*[value.new_empty(0)] * 4)
     out: Tensor = _hstu_attention(
         query.to(value.dtype),
         key.to(value.dtype),
@@ -70,7 +70,10 @@ def _relative_times(layout: JaggedLayout) -> tuple[Tensor, Tensor]:
         if times.numel():
             low, high = torch.stack(times.aminmax()).tolist()
             times = (times - low).to(torch.int32) if high - low < 2**31 - 1 else times
-        layout.cache["relative_times"] = times[0], times[1]
+        layout.cache["relative_times"] = (
+            times[0].clone(),
+            times[1].clone(),
+        )  # each aligned, or kernels are compiled anew
     relative: tuple[Tensor, Tensor] = layout.cache["relative_times"]
     return relative
 
@@ -169,8 +172,8 @@ def _bias_gradients(
             PADDED_BUCKETS=buckets,
         )  # fmt: skip
     place = torch.arange(2 * tile, device=query.device) + max_length - tile - tile * distance.long().unsqueeze(1)
-    inside = (place >= 0) & (place < max_length)  # elsewhere is j > i, or beyond the longest sequence: nothing to add
-    position.index_put_((place[inside],), position_sums[inside], accumulate=True)  # sorts: deterministic on a GPU
+    place.clamp_(0, position.numel() - 1)  # beyond lies j > i, or more than the longest sequence: the sums there are 0
+    position.index_put_((place,), position_sums, accumulate=True)  # sorts: deterministic on a GPU
     return position, time_sums.sum(0)[: time.numel()] if time.numel() else time
 
 

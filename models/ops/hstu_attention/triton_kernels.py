@@ -50,7 +50,7 @@ def store_rows(base, places, valid, stride, values, WIDTH: tl.constexpr, PADDED:
 
 @triton.jit
 def bias_of(
-    i, j, start, position_table, time_table, query_times, key_times, thresholds, valid, max_length,
+    i, j, length, start, position_table, time_table, query_times, key_times, thresholds, valid, max_length,
     POSITION: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
     """Return the bias [R, C] of rows i and columns j of the sequence that begins at `start`, and its time buckets."""
@@ -59,8 +59,9 @@ def bias_of(
     if POSITION:
         bias += tl.load(position_table + (max_length - 1 + j[None, :] - i[:, None]), mask=valid, other=0.0)
     if BUCKETS > 0:
-        at_i = tl.load(query_times + start + i[:, None], mask=valid, other=0)
-        at_j = tl.load(key_times + start + j[None, :], mask=valid, other=0)
+        # One number a row and a column: under a mask of the tile, each pair would load its own.
+        at_i = tl.load(query_times + start + i[:, None], mask=i[:, None] < length, other=0)
+        at_j = tl.load(key_times + start + j[None, :], mask=j[None, :] < length, other=0)
         buckets = bucket_of(at_i, at_j, thresholds, BUCKETS)
         bias += tl.load(time_table + buckets, mask=valid, other=0.0)
     return bias, buckets
@@ -124,8 +125,8 @@ def forward_kernel(
             k_CK = load_rows(key + head * key_head, start + j, j < length, key_token, WIDTH_K, PADDED_K)
             v_CV = load_rows(value + head * value_head, start + j, j < length, value_token, WIDTH_V, PADDED_V)
             bias, _ = bias_of(
-                i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
-                BUCKETS,
+                i, j, length, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length,
+                POSITION, BUCKETS,
             )  # fmt: skip
             s_RC = product(q_RK, tl.trans(k_CK), PRECISION) * scale + bias
             w_RC = tl.where(seen, s_RC * tl.sigmoid(s_RC), 0.0)
@@ -175,8 +176,8 @@ def query_gradient_kernel(
             k_CK = load_rows(key + head * key_head, start + j, j < length, key_token, WIDTH_K, PADDED_K)
             v_CV = load_rows(value + head * value_head, start + j, j < length, value_token, WIDTH_V, PADDED_V)
             bias, _ = bias_of(
-                i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
-                BUCKETS,
+                i, j, length, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length,
+                POSITION, BUCKETS,
             )  # fmt: skip
             _, ds_RC = slopes(q_RK, k_CK, v_CV, g_RV, bias, seen, scale, PRECISION)
             dq_RK += product(ds_RC.to(k_CK.dtype), k_CK, PRECISION)
@@ -217,8 +218,8 @@ def key_value_gradient_kernel(
             q_RK = load_rows(query + head * query_head, start + i, i < length, query_token, WIDTH_K, PADDED_K)
             g_RV = load_rows(grad + head * grad_head, start + i, i < length, grad_token, WIDTH_V, PADDED_V)
             bias, _ = bias_of(
-                i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, POSITION,
-                BUCKETS,
+                i, j, length, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length,
+                POSITION, BUCKETS,
             )  # fmt: skip
             w_RC, ds_RC = slopes(q_RK, k_CK, v_CV, g_RV, bias, seen, scale, PRECISION)
             dk_CK += product(tl.trans(ds_RC.to(q_RK.dtype)), q_RK, PRECISION)
@@ -262,7 +263,19 @@ def bias_gradient_kernel(
         j = row - distance * TILE + tl.arange(0, TILE)
         seen = visible(i, j, length, start, query_times, key_times, 0, 0)
         bias, buckets = bias_of(
-            i, j, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, 1, BUCKETS
+            i,
+            j,
+            length,
+            start,
+            position_table,
+            time_table,
+            query_times,
+            key_times,
+            thresholds,
+            seen,
+            max_length,
+            1,
+            BUCKETS,
         )
         sum_RC = tl.zeros([TILE, TILE], tl.float32)
         for head in range(0, heads):

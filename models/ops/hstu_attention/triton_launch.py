@@ -26,11 +26,12 @@ class Launch:
 
 def launch_of(key_width: int, value_width: int, dtype: torch.dtype, *, hopper: bool) -> Launch:
     """Return a launch whose tiles fit the registers: `grzoo.models.ops.inspect` tells what the compilers made of it."""
+    # A tile of 64 rows has work for four warps, of 32 for two: more do the same rows again. Four spill a few registers.
     width = max(padded(key_width), padded(value_width))
     if dtype == torch.float32:
-        return Launch(32, 8, 1) if width <= 64 else Launch(16, 4, 1)
+        return Launch(32, 4, 1) if width <= 64 else Launch(16, 4, 1)
     if width <= 64 and hopper:
-        return Launch(64, 8, 2)
+        return Launch(64, 4, 2)
     return Launch(32, 4, 2) if width <= 128 else Launch(32, 8, 1)
 
 

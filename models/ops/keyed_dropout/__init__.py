@@ -2,6 +2,7 @@
 
 import torch
 from grzoo.models.ops.host import available
+from grzoo.models.ops.triton_available import has_triton
 from torch import Tensor
 
 from .eager import keyed_dropout_eager
@@ -11,8 +12,12 @@ from .naive import keyed_dropout_naive
 
 def keyed_dropout(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
     """`keyed_dropout_naive` (formula and shapes there) by the fastest path for these tensors, the same bits by each."""
-    on_host = x.device.type == "cpu" and x.dtype == torch.float32 and available()
-    return (keyed_dropout_host if on_host else keyed_dropout_eager)(x, p, token_keys, site)
+    function = keyed_dropout_eager
+    if x.device.type == "cpu" and x.dtype == torch.float32 and available():
+        function = keyed_dropout_host
+    elif x.device.type == "cuda" and x.dtype != torch.float64 and has_triton():
+        from .triton import keyed_dropout_triton as function
+    return function(x, p, token_keys, site)
 
 
 __all__ = ["keyed_dropout", "keyed_dropout_eager", "keyed_dropout_host", "keyed_dropout_naive"]

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import triton
 from grzoo.embeddings.kernels.triton.launch import blocks, on, runs_on
 from grzoo.embeddings.keyed import fold
+from grzoo.models.ops.keyed_dropout.triton import dense_rows, shape_of, threshold
 from torch import Tensor
 
 from . import triton_kernels as kernels
@@ -30,22 +30,16 @@ def norm_gate_dropout_triton(
     return out
 
 
-def shape_of(width: int) -> dict[str, int]:
-    """Constants of a launch: about 2,048 numbers a program, whole rows."""
-    padded = triton.next_power_of_2(width)
-    return {"WIDTH": width, "PADDED": padded, "ROWS": max(1, 2048 // padded)}
-
-
 @torch.library.custom_op("grzoo::norm_gate_dropout_triton", mutates_args=())
 def _norm_gate_dropout(x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float) -> Tensor:
-    x, gate = _dense(x), _dense(gate)
+    x, gate = dense_rows(x), dense_rows(gate)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shape = shape_of(x.shape[1])
     if out.numel():
         with on(x.device):
             kernels.norm_gate_forward_kernel[blocks(len(x), shape["ROWS"])](
                 x, gate, out, x if row_keys is None else row_keys, len(x), x.stride(0), gate.stride(0), eps,
-                *_threshold(p), **shape, DROPOUT=int(row_keys is not None),
+                *threshold(p), **shape, DROPOUT=int(row_keys is not None),
             )  # fmt: skip
     return out
 
@@ -59,14 +53,14 @@ def _(x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float) ->
 def _norm_gate_dropout_backward(
     grad: Tensor, x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float
 ) -> tuple[Tensor, Tensor]:
-    x, gate, grad = _dense(x), _dense(gate), _dense(grad)
+    x, gate, grad = dense_rows(x), dense_rows(gate), dense_rows(grad)
     dx, dgate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     shape = shape_of(x.shape[1])
     if dx.numel():
         with on(x.device):
             kernels.norm_gate_backward_kernel[blocks(len(x), shape["ROWS"])](
                 x, gate, grad, dx, dgate, x if row_keys is None else row_keys, len(x), x.stride(0), gate.stride(0),
-                grad.stride(0), eps, *_threshold(p), **shape, DROPOUT=int(row_keys is not None),
+                grad.stride(0), eps, *threshold(p), **shape, DROPOUT=int(row_keys is not None),
             )  # fmt: skip
     return dx, dgate
 
@@ -74,14 +68,6 @@ def _norm_gate_dropout_backward(
 @_norm_gate_dropout_backward.register_fake
 def _(grad: Tensor, x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
-def _threshold(p: float) -> tuple[int, float]:
-    return round(p * 2**24), 1 / (1 - p)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -3,7 +3,7 @@
 
 import triton
 import triton.language as tl
-from grzoo.embeddings.kernels.triton.bits import fold
+from grzoo.models.ops.keyed_dropout.triton_kernels import kept_by_dropout
 
 
 @triton.jit
@@ -15,15 +15,7 @@ def normed_rows(x, eps, inside, width):
     return centred * scale[:, None], scale
 
 
-@triton.jit
-def dropout_factors(row_keys, t, valid, columns, least, kept):
-    """Return what dropout multiplies by, [R, C]: a function of the key of the token and the column."""
-    keys = tl.load(row_keys + t, mask=valid, other=0).to(tl.uint64)
-    bits = fold(keys[:, None], columns[None, :].to(tl.uint64))
-    return tl.where((bits >> 40).to(tl.int32) >= least, kept, 0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_gate_forward_kernel(
     x, gate, out, row_keys, rows, x_stride, gate_stride, eps, least, kept,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -36,11 +28,11 @@ def norm_gate_forward_kernel(
     normed, _ = normed_rows(values, eps, inside, WIDTH)
     result = normed * gates
     if DROPOUT:
-        result *= dropout_factors(row_keys, t, t < rows, columns, least, kept)
+        result *= tl.where(kept_by_dropout(row_keys, t, t < rows, columns, least), kept, 0.0)
     tl.store(out + t[:, None] * WIDTH + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_gate_backward_kernel(
     x, gate, grad, dx, dgate, row_keys, rows, x_stride, gate_stride, grad_stride, eps, least, kept,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -53,7 +45,7 @@ def norm_gate_backward_kernel(
     gates = tl.load(gate + t[:, None] * gate_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     grads = tl.load(grad + t[:, None] * grad_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
-        grads *= dropout_factors(row_keys, t, t < rows, columns, least, kept)
+        grads *= tl.where(kept_by_dropout(row_keys, t, t < rows, columns, least), kept, 0.0)
     normed, scale = normed_rows(values, eps, inside, WIDTH)
     d = grads * gates
     mean = tl.sum(d, 1) / WIDTH

@@ -53,7 +53,7 @@ def sampled_softmax_loss(
 def own_logits(query: Tensor, rows: Tensor, index: Tensor, normalize: bool) -> Tensor:
     """[T, 1 + N] products; normalises the rows of the step, or the picked ones where these are fewer."""
     if rows.shape[0] > index.numel():
-        rows = rows.index_select(0, index.flatten())
+        rows = torch.nn.functional.embedding(index.flatten(), rows)  # whose gradient is deterministic on a GPU
         index = torch.arange(index.numel(), device=index.device).view(index.shape)
     return sampled_logits(query, l2_normalize(rows) if normalize else rows, index)
 

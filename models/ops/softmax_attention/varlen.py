@@ -9,12 +9,12 @@ def softmax_attention_varlen(query: Tensor, key: Tensor, value: Tensor, layout: 
     """`softmax_attention_naive` (formula and shapes there) for bfloat16 or float16 tensors on a GPU.
 
     Raises:
-        ValueError: for another device or dtype.
+        ValueError: for another device or dtype, and heads of another width than a multiple of 8 up to 256.
     """
     if not varlen_takes(value):
         raise ValueError(
-            f"Packed flash attention takes bfloat16 or float16 on a GPU, got {value.dtype} on {value.device}: "
-            "use attn_implementation='auto'."
+            "Packed flash attention takes bfloat16 or float16 on a GPU, heads with a width of 8, 16, ... 256; "
+            f"got {value.dtype} on {value.device}, width {value.shape[2]}: use attn_implementation='auto'."
         )
     from torch.nn.attention.varlen import varlen_attn
 
@@ -27,4 +27,5 @@ def softmax_attention_varlen(query: Tensor, key: Tensor, value: Tensor, layout: 
 
 def varlen_takes(value: Tensor) -> bool:
     """Whether packed flash attention can be used on this tensor."""
-    return value.device.type == "cuda" and value.dtype in (torch.bfloat16, torch.float16) and value.numel() > 0
+    fits = value.numel() > 0 and value.shape[2] % 8 == 0 and value.shape[2] <= 256
+    return fits and value.device.type == "cuda" and value.dtype in (torch.bfloat16, torch.float16)

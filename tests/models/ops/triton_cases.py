@@ -122,6 +122,25 @@ def test_norm_gate_dropout_equals_naive(tokens, columns, dropout):
     norm_gate.compare(on_kernel, tokens, columns, dropout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("tokens, columns", [(0, 5), (3, 8), (70, 33), (2, 257)])
+def test_keyed_dropout_equals_naive(tokens, columns, p, dtype):
+    from grzoo.models.ops import keyed_dropout_naive
+    from grzoo.models.ops.keyed_dropout.triton import keyed_dropout_triton
+
+    keys = torch.randint(-(2**63), 2**63 - 1, (tokens,), generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(columns, tokens).to(dtype)
+    results = []
+    for function, device in ((keyed_dropout_naive, "cpu"), (keyed_dropout_triton, DEVICE)):
+        x = wide.to(device).T.requires_grad_()  # rows that are not dense
+        out = function(x, p, keys.to(device), 3)
+        results.append([result.cpu() for result in (out, *torch.autograd.grad(out.float().square().sum(), x))])
+    for want, got in zip(*results, strict=True):
+        assert got.dtype == dtype and torch.equal(want == 0, got == 0)
+        torch.testing.assert_close(got, want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
 @pytest.mark.parametrize("mask", silu.MASKS)
 @pytest.mark.parametrize("lengths", [[0, 1, 17, 40, 0, 33], [70], []], ids=str)
 def test_silu_attention_equals_naive(lengths, mask):
