@@ -78,20 +78,22 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
         batch = pack_batch(fields)
         if self.training and labels is not None and negative_ids is None:
             raise ValueError("labels are given without negative_ids: give the collator `negatives`, or call eval().")
+        # Before the backbone: which tokens are trained is a number that the host waits for.
+        trained = self._trained(batch) if "labels" in batch and "negative_ids" in batch else None
         if embeddings is None:
             embeddings = self.embeddings(self.embedding_ids(batch))
         output = self.model(**{name: batch.get(name) for name in _MODEL_FIELDS}, embeddings=embeddings, **kwargs)
         hidden = output.last_hidden_state
         loss = None
-        if "labels" in batch and "negative_ids" in batch:
-            loss = self._loss(batch, hidden[0], embeddings, num_items_in_batch)
+        if trained is not None:
+            loss = self._loss(batch, trained, hidden[0], embeddings, num_items_in_batch)
         query = self.score_vectors(hidden)
         if is_padded(fields):
             query = unpack(query, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         return RetrievalModelOutput(loss=loss, query_embeddings=query, hidden_states=output.hidden_states)
 
     def _trained(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Labels [T'], negatives [T', N] or [N], and the mask [T] that selects the T' trained tokens (None: all)."""
+        """Labels [T'], negatives [T', N] or [N], and the places int64 [T'] of the trained tokens (None: all)."""
         labels, negatives = batch["labels"].flatten(), batch["negative_ids"]
         expected = 3 if self.config.negative_sampling == "uniform" else 1
         if negatives.dim() != expected:
@@ -99,16 +101,23 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
                 f"negative_sampling is {self.config.negative_sampling!r}, so negative_ids must have {expected} "
                 f"dimensions; got shape {tuple(negatives.shape)}. Sample as the config says, or change the config."
             )
-        mask = batch.get("label_mask")
-        if mask is not None and not bool(mask.all()):
-            mask = mask.flatten().bool()
-            return labels[mask], negatives[0][mask] if expected == 3 else negatives, mask
-        return labels, negatives[0] if expected == 3 else negatives, None
+        negatives = negatives[0] if expected == 3 else negatives
+        if batch.get("label_mask") is None:
+            return labels, negatives, None
+        places = batch["label_mask"].flatten().nonzero().flatten()
+        if len(places) == len(labels):
+            return labels, negatives, None
+        return labels[places], negatives[places] if expected == 3 else negatives, places
 
     def _loss(
-        self, batch: Mapping[str, Any], hidden: Tensor, embeddings: Embeddings, num_items_in_batch: int | Tensor | None
+        self,
+        batch: Mapping[str, Any],
+        trained: tuple[Tensor, Tensor, Tensor | None],
+        hidden: Tensor,
+        embeddings: Embeddings,
+        num_items_in_batch: int | Tensor | None,
     ) -> Tensor:
-        labels, negatives, mask = self._trained(batch)
+        labels, negatives, places = trained
         log_q = {}
         if self.config.negative_sampling == "shared":
             if "label_log_q" not in batch or "negative_log_q" not in batch:
@@ -116,11 +125,11 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
                     "Shared negatives need label_log_q [1, T] and negative_log_q [N]: let the collator draw them."
                 )
             label_log_q = batch["label_log_q"].flatten()
-            log_q["positive_log_q"] = label_log_q if mask is None else label_log_q[mask]
+            log_q["positive_log_q"] = label_log_q if places is None else label_log_q[places]
             log_q["negative_log_q"] = batch["negative_log_q"]
         rows, positive_index = embeddings.rows("labels")  # type: ignore[attr-defined]
         _, negative_index = embeddings.rows("negative_ids")  # type: ignore[attr-defined]
-        query = hidden if mask is None else hidden[mask]
+        query = hidden if places is None else hidden.index_select(0, places)
         if self.config.negative_sampling == "all":
             total = self._full_softmax(query, rows, positive_index, negative_index)
         else:

@@ -1,5 +1,6 @@
 """A DLRM-style baseline (arXiv 1906.00091) at the features of the other ranking models; see this folder's README."""
 
+import math
 from collections.abc import Mapping
 from itertools import combinations, pairwise
 
@@ -41,7 +42,9 @@ class DLRMModel(DLRMPreTrainedModel, RankingBackbone):
         """[C, mlp_size] for the C candidates; with dropout where the batch holds keys."""
         profile, events, candidates = self.features(batch, embeddings)
         users, owner = len(batch.layout.lengths), candidate_owners(batch)
-        profile = profile.view(users, self.features.num_user_tokens, self.config.hidden_size).index_select(0, owner)
+        tokens = self.features.num_user_tokens, self.config.hidden_size
+        # An embedding, whose gradient is deterministic on a GPU.
+        profile = F.embedding(owner, profile.view(users, math.prod(tokens))).view(len(owner), *tokens)
         history = _mean_of_past(batch, events, owner)
         vectors = torch.cat([profile, history.unsqueeze(1), candidates.unsqueeze(1)], dim=1)
         products = (vectors @ vectors.mT)[:, self._pairs[0], self._pairs[1]]
@@ -58,7 +61,7 @@ def _mean_of_past(batch: RankingBatch, events: Tensor, owner: Tensor) -> Tensor:
     # Sums of all events before a place: in float64 their differences are exact enough for float32.
     sums = F.pad(events.double().cumsum(0), (0, 0, 1, 0))
     first, count = batch.layout.cu_seq_lens[owner], events_before(batch)
-    total = sums.index_select(0, first + count) - sums.index_select(0, first)
+    total = F.embedding(first + count, sums) - F.embedding(first, sums)
     return (total / count.clamp(min=1).unsqueeze(1)).to(events.dtype)
 
 
