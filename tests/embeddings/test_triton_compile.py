@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 WIDE = {"gather", "scatter", "sgd", "adagrad", "rowwise_adagrad", "adam", "gather_initial"}  # 16 bytes in and out
 WIDE_LOADS = WIDE | {"find", "rehash", "repair"}  # whole records of the index
 WIDE_STORES = WIDE | {"fill", "initialize"}
-KERNELS = WIDE_LOADS | WIDE_STORES | {"insert", "leader", "claim_first", "rank", "count", "segment_sum"}
+KERNELS = WIDE_LOADS | WIDE_STORES | {"insert", "leader", "claim_first", "rank", "count", "segment_sum", "round"}
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
 

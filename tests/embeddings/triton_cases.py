@@ -63,7 +63,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args, **kwargs):
         tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 123_456_789)
+        return tensor.fill_(
+            float("nan") if tensor.is_floating_point() else 12_345 if tensor.itemsize == 2 else 123_456_789
+        )
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
@@ -504,6 +506,22 @@ def test_a_collection_trains_the_same_rows_as_with_naive_tables() -> None:
 
 
 # ---- bfloat16 rows ----
+
+
+def test_s15_special_values_are_rounded_as_the_definition_says() -> None:
+    from grzoo.embeddings.kernels.rounding import round_stochastic
+    from grzoo.embeddings.kernels.triton.halves import round_rows
+
+    bits = torch.randint(-(2**31), 2**31 - 1, (40, 9), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    values = bits.view(torch.float32)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.4e38, -3.4e38, 1e-45, -1e-45])
+    values[0], values[1] = special, -special
+    keys, steps = torch.arange(40) * 7919 - 5, torch.arange(40)
+    expected = round_stochastic(values, keys, steps)
+    found = round_rows(values.to(DEVICE), keys.to(DEVICE), steps.to(DEVICE)).cpu()
+    assert torch.equal(found.isnan(), expected.isnan())
+    same = found.view(torch.int16) == expected.view(torch.int16)
+    assert same[~expected.isnan()].all()
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])

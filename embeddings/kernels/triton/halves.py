@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 import torch
 from grzoo.embeddings.kernels.base import STEP_SLOT
-from grzoo.embeddings.kernels.rounding import round_nearest, round_stochastic
+from grzoo.embeddings.kernels.rounding import round_nearest
 from torch import Tensor
 
 from . import updates
-from .chunks import Chunks
-
-_ROUNDED = 1 << 15  # rows whose random bits, 8 bytes an element and more, are in memory at a time
+from .chunks import Chunks, shape_of
+from .launch import blocks, on
+from .row_kernels import round_kernel
 
 
 class HalfChunks(Chunks):
@@ -44,7 +44,8 @@ def apply(
 ) -> None:
     """Apply one optimizer step to bfloat16 rows: on float32 copies of rows and state, which are then written back.
 
-    keys int64 [n] of the rows round stochastically, None to the nearest. Nothing waits for the device.
+    keys int64 [n] of the rows round stochastically, None to the nearest. A number of launches that does not depend on
+    n; nothing waits for the device.
     """
     copies = {name: Chunks.holding(array.gather(handles)) for name, array in slots.items()}
     values = rows.gather(handles)
@@ -53,7 +54,18 @@ def apply(
     for name, copy in copies.items():
         slots[name].scatter(handles, copy.chunks[0])
     if keys is not None:
-        steps = copies[STEP_SLOT].chunks[0].flatten().long()
-        parts = zip(*(x.split(_ROUNDED) for x in (values, keys, steps)), strict=True)
-        values = torch.cat([round_stochastic(*part) for part in parts]) if len(values) else values
+        values = round_rows(values, keys, copies[STEP_SLOT].chunks[0].flatten().long())
     rows.scatter(handles, values)
+
+
+def round_rows(values: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    """`round_stochastic` (formula and shapes there), bit for bit. One launch."""
+    n, width = values.shape
+    out = torch.empty(n, width, dtype=torch.int16, device=values.device)
+    if n:
+        shape = shape_of(width, 0)
+        del shape["SHIFT"]
+        with on(values.device):
+            words = values.contiguous().view(torch.int32)
+            round_kernel[blocks(n, shape["ROWS"])](words, keys.contiguous(), steps, out, n, **shape)
+    return out.view(torch.bfloat16)

@@ -31,7 +31,12 @@ _TYPES = {  # of the arguments that are not pointers to int64
     "weight_decay": "fp32", "weight1": "fp32", "weight2": "fp32", "beta2": "fp32", "log_beta1": "fp32",
     "log_beta1_rest": "fp32", "log_beta2": "fp32", "log_beta2_rest": "fp32",
 }  # fmt: skip
-_MOVERS = {"gather_kernel": "out", "scatter_kernel": "values"}  # they move int32
+# They move words that are no float32.
+_MOVERS = {
+    "gather_kernel": {"out": "*i32"},
+    "scatter_kernel": {"values": "*i32"},
+    "round_kernel": {"values": "*i32", "out": "*i16"},
+}
 
 
 class Variant(NamedTuple):
@@ -78,8 +83,9 @@ def variants(widths: Sequence[int] = (128, 64, 100)) -> Iterator[Variant]:
 def _row_variants(width: int) -> Iterator[Variant]:
     padded = triton.next_power_of_2(width)
     shape = {"WIDTH": width, "PADDED": padded, "SHIFT": 14, "ROWS": max(1, 1024 // padded)}
-    for name in ("gather", "scatter", "fill", "initialize", "gather_initial"):
-        yield Variant(getattr(row_kernels, f"{name}_kernel"), shape, 4, width)
+    for name in ("gather", "scatter", "fill", "initialize", "gather_initial", "round"):
+        kernel = getattr(row_kernels, f"{name}_kernel")
+        yield Variant(kernel, {key: value for key, value in shape.items() if key in kernel.arg_names}, 4, width)
     yield Variant(update_kernels.sgd_kernel, {"MOMENTUM": 1, "DECAY": 1, **shape}, 4, width)
     yield Variant(update_kernels.adagrad_kernel, shape, 4, width)
     yield Variant(update_kernels.rowwise_adagrad_kernel, shape, 4, width)
@@ -91,7 +97,7 @@ def _row_variants(width: int) -> Iterator[Variant]:
 def compile_variant(variant: Variant, target: str) -> Any:
     """Return Triton's compiled kernel; nothing is loaded on a device."""
     names = variant.kernel.arg_names
-    types = _TYPES | dict.fromkeys([_MOVERS.get(variant.kernel.__name__, "")], "*i32")
+    types = _TYPES | _MOVERS.get(variant.kernel.__name__, {})
     if variant.kernel is update_kernels.count_kernel and not variant.constants["ADAM"]:
         types = types | {"corrections": "*i64"}
     signature = {a: "constexpr" if a in variant.constants else types.get(a, "*i64") for a in names}

@@ -64,6 +64,22 @@ def scatter_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
+def round_kernel(values, keys, steps, out, n, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """out[i] = the float32 row i of values (as int32), rounded up or down to bfloat16 (as int16): see rounding.py."""
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = i < n
+    mask = tile_mask(live, WIDTH, PADDED)
+    key = fold(
+        tl.load(keys + i, mask=live, other=0).to(tl.uint64), tl.load(steps + i, mask=live, other=0).to(tl.uint64)
+    )
+    noise = (fold(key[:, None], tl.arange(0, PADDED)[None, :].to(tl.uint64)) >> 48).to(tl.int32)
+    bits = tl.load(tile_of(values + i * WIDTH, PADDED), mask=mask, other=0)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    rounded = tl.where(is_nan, 0x7FC0, (bits + noise) >> 16)
+    tl.store(tile_of(out + i * WIDTH, PADDED), rounded.to(tl.int16), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])
 def fill_kernel(
     chunks, handles, value, n, WIDTH: tl.constexpr, PADDED: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr
 ):
