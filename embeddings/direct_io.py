@@ -18,7 +18,7 @@ _HUGE_PAGE = 2 << 20
 
 
 def aligned_buffer(size: int) -> memoryview:
-    """Return bytes that begin at a page, a huge one where the system has them; what is not written to takes no memory.
+    """Return bytes that begin at a page, a huge one where the system has them; they take memory when written to.
 
     What a device copies to or from huge pages in one request takes many where pages are scattered.
     """

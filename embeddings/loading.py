@@ -53,7 +53,8 @@ def load_tables(
             no others. For a warm start; a seed or initial values that differ are then only a warning.
         rename: table of the collection -> its name in the files, where that is another one.
         fingerprints: of the files, to compare those on the way that one rank reads from end to end, `whole_shards`;
-            others must have been compared before. Default: those in the index of an export, all of which are compared.
+            others must have been compared before. Default: those in the index of an export, all of which are compared,
+            shards that several ranks read by one of them (the ranks are taken to see the same files).
 
     Example:
         load_tables(collection, "export", state=False, tables=["item"], rename={"item": "video"})

@@ -40,7 +40,7 @@ def map_tables(collection: "DynamicEmbeddingCollection", folder: str | os.PathLi
     check_metadata(collection, metadata, False, names)
     fresh = [table.empty_like() for table in collection.physical]
     for position, table in enumerate(fresh):
-        storage = MappedStorage(table.dim, str(folder))
+        storage = MappedStorage(table.dim, str(folder), table.rounding)
         for logical, config in enumerate(table.configs):
             assert collection.places[config.name] == (position, logical)
             for shard in metadata["shards"]:
@@ -106,10 +106,11 @@ class MappedStorage(TableStorage):
     Args:
         dim: width of a row.
         folder: named in errors.
+        rounding: None, or rows are bfloat16: those of the files are rounded to the nearest, as loading does.
     """
 
-    def __init__(self, dim: int, folder: str) -> None:
-        self._dim, self._folder = dim, folder
+    def __init__(self, dim: int, folder: str, rounding: str | None = None) -> None:
+        self._dim, self._folder, self._rounding = dim, folder, rounding
         self._segments: list[_Segment] | None = []
         self._size = 0
 
@@ -147,7 +148,8 @@ class MappedStorage(TableStorage):
         for segment in self._open:
             mine = ((handles >= segment.start) & (handles < segment.start + len(segment))).nonzero().flatten()
             if len(mine):
-                out[mine] = segment.gather(handles[mine] - segment.start)
+                rows = segment.gather(handles[mine] - segment.start)
+                out[mine] = rows if self._rounding is None else rows.bfloat16().float()
         return out
 
     def gather_slot(self, name: str, handles: Tensor, out: Tensor | None = None) -> Tensor:

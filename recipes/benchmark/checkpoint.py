@@ -19,6 +19,7 @@ bytes of the file; loading into a table that is empty needs the table itself, wh
 """
 
 import argparse
+import contextlib
 import mmap
 import os
 import shutil
@@ -117,7 +118,8 @@ def new_memory(size: int) -> memoryview:
     """Return `size` bytes that the system has not given yet, in huge pages where it has them."""
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(pages)
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import random
 import threading
@@ -63,12 +64,18 @@ def test_the_file_has_the_bytes_in_their_order(tmp_path: Path, way: str, size: i
     assert list(map(bytes, read_pieces(path, pieces))) == [content[begin:end] for begin, end in pieces]
 
 
+@pytest.mark.parametrize("huge", [True, False])
 @pytest.mark.parametrize("size", [1, ALIGNMENT, 2 << 20, (4 << 20) + ALIGNMENT])
-def test_a_buffer_begins_at_a_page_and_a_large_one_at_a_huge_page(size: int) -> None:
+def test_a_buffer_begins_at_a_page_and_a_large_one_at_a_huge_page(
+    size: int, huge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not huge:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    has_huge = hasattr(mmap, "MADV_HUGEPAGE")
     buffer = aligned_buffer(size)
     assert len(buffer) == size and not any(buffer[:: ALIGNMENT // 2])
     address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    assert address % (2 << 20 if size >= 2 << 20 else ALIGNMENT) == 0
+    assert address % (2 << 20 if has_huge and size >= 2 << 20 else ALIGNMENT) == 0
     buffer[-1:] = b"x"
     assert bytes(buffer[-2:]).endswith(b"x")
 

@@ -11,7 +11,7 @@ from grzoo.embeddings import (
     SparseSGD,
     TableConfig,
 )
-from grzoo.embeddings.io import load_tables, save_tables
+from grzoo.embeddings.io import load_tables, map_tables, save_tables
 from grzoo.embeddings.kernels import RowInit, Slot, get_backend
 from grzoo.embeddings.kernels.base import ROUNDINGS
 from grzoo.embeddings.kernels.rounding import round_nearest, round_stochastic, row_keys, table_keys
@@ -229,7 +229,13 @@ def test_s20_a_checkpoint_loads_at_the_other_precision(
     for name, values in expected.items():
         is_row = name.endswith("rows") and to == "bfloat16"
         torch.testing.assert_close(found[name], values.bfloat16().float() if is_row else values, rtol=0, atol=0)
-    step(loaded, optimizer, torch.arange(40))  # goes on
+    mapped = DynamicEmbeddingCollection(
+        [loaded.tables["item"]], [FeatureConfig(name="item", table="item")], backend=backend, seed=1
+    ).eval()
+    map_tables(mapped, tmp_path)
+    ids, looked_up = torch.arange(45), loaded.eval()({"item": torch.arange(45)})["item"]
+    assert torch.equal(mapped({"item": ids})["item"], looked_up)
+    step(loaded.train(), optimizer, torch.arange(40))  # goes on
 
 
 def test_settings_are_checked() -> None:

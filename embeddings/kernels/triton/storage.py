@@ -18,9 +18,9 @@ _CHUNK_BYTES = 10 << 20
 _MIN_SHIFT = 8
 
 
-def _shift(dim: int) -> int:
+def _shift(words: int) -> int:
     """Rows of a chunk as a power of two: the fewest that fill 10 MiB, at least 256."""
-    return max(_MIN_SHIFT, (-(-_CHUNK_BYTES // (4 * dim)) - 1).bit_length())
+    return max(_MIN_SHIFT, (-(-_CHUNK_BYTES // (4 * words)) - 1).bit_length())
 
 
 class TritonStorage(TableStorage):
@@ -46,7 +46,7 @@ class TritonStorage(TableStorage):
             raise ValueError(f"dim must be positive, got {dim}")
         self._dim = dim
         self._device = device
-        self._shift = _shift(dim) if shift is None else shift
+        self._shift = _shift((dim + 1) // 2 if rounding else dim) if shift is None else shift
         self._laws = Laws(inits, device)
         self._index: KeyIndex | None = KeyIndex(device)  # None once closed
         self._layout: dict[str, Slot] = {}

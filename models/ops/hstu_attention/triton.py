@@ -70,10 +70,8 @@ def _relative_times(layout: JaggedLayout) -> tuple[Tensor, Tensor]:
         if times.numel():
             low, high = torch.stack(times.aminmax()).tolist()
             times = (times - low).to(torch.int32) if high - low < 2**31 - 1 else times
-        layout.cache["relative_times"] = (
-            times[0].clone(),
-            times[1].clone(),
-        )  # each aligned, or kernels are compiled anew
+        # Each in memory of its own: kernels are compiled anew for a tensor that is aligned otherwise.
+        layout.cache["relative_times"] = times[0].clone(), times[1].clone()
     relative: tuple[Tensor, Tensor] = layout.cache["relative_times"]
     return relative
 

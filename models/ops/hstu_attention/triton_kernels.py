@@ -263,20 +263,9 @@ def bias_gradient_kernel(
         j = row - distance * TILE + tl.arange(0, TILE)
         seen = visible(i, j, length, start, query_times, key_times, 0, 0)
         bias, buckets = bias_of(
-            i,
-            j,
-            length,
-            start,
-            position_table,
-            time_table,
-            query_times,
-            key_times,
-            thresholds,
-            seen,
-            max_length,
-            1,
+            i, j, length, start, position_table, time_table, query_times, key_times, thresholds, seen, max_length, 1,
             BUCKETS,
-        )
+        )  # fmt: skip
         sum_RC = tl.zeros([TILE, TILE], tl.float32)
         for head in range(0, heads):
             q_RK = load_rows(query + head * query_head, start + i, i < length, query_token, WIDTH_K, PADDED_K)

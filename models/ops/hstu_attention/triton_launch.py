@@ -25,8 +25,9 @@ class Launch:
 
 
 def launch_of(key_width: int, value_width: int, dtype: torch.dtype, *, hopper: bool) -> Launch:
-    """Return a launch whose tiles fit the registers: `grzoo.models.ops.inspect` tells what the compilers made of it."""
-    # A tile of 64 rows has work for four warps, of 32 for two: more do the same rows again. Four spill a few registers.
+    """Return a launch whose tiles nearly fit the registers: `grzoo.models.ops.inspect` tells what compilers made of it."""
+    # Products are cut by rows among the warps: a tile of 64 rows has work for four, more do the same rows again, as do
+    # four with 32 rows. With fewer, registers would not hold a tile.
     width = max(padded(key_width), padded(value_width))
     if dtype == torch.float32:
         return Launch(32, 4, 1) if width <= 64 else Launch(16, 4, 1)
