@@ -25,7 +25,7 @@ class Launch:
 
 
 def launch_of(key_width: int, value_width: int, dtype: torch.dtype, *, hopper: bool) -> Launch:
-    """Return a launch whose tiles nearly fit the registers: `grzoo.models.ops.inspect` tells what compilers made of it."""
+    """Return a launch whose tiles nearly fit the registers: see what `grzoo.models.ops.inspect` tells."""
     # Products are cut by rows among the warps: a tile of 64 rows has work for four, more do the same rows again, as do
     # four with 32 rows. With fewer, registers would not hold a tile.
     width = max(padded(key_width), padded(value_width))
