@@ -35,7 +35,7 @@ class Visit:
             self._record(self.occurrences, now)
             return inserted
         if len(new):
-            self.handles[new], _ = table.lookup(self.tables[new], self.ids[new], insert=True)
+            self.handles[new] = table.insert_new(self.tables[new], self.ids[new])
             if "candidates" in table.side:
                 table.side["candidates"].erase(self.tables[new], self.ids[new])
         if self.occurrences is not None:

@@ -235,7 +235,8 @@ class DynamicEmbeddingCollection(nn.Module):
         """Insert or overwrite rows of a table and return how many; ids that another rank owns are skipped.
 
         Args:
-            values: as `export_rows` gives them; ids distinct. What is absent starts as in a new row, used just now.
+            values: as `export_rows` gives them; ids distinct. What is absent starts as in a new row, used just now. A
+                last use that is later than `clock`, as of tables that trained longer, counts as just now.
 
         Raises ValueError for shapes, dtypes, names or repeated ids that do not fit.
         """
@@ -244,7 +245,8 @@ class DynamicEmbeddingCollection(nn.Module):
         mine = owner(ids, self.exchange.world_size) == self.exchange.rank
         kept = {name: value[mine] for name, value in values.items()}
         ids, rows = kept.pop("ids"), kept.pop("rows")
-        kept.setdefault(LAST_USE, torch.full(ids.shape, self.clock, dtype=torch.int32, device="cpu"))
+        just_now = torch.full(ids.shape, self.clock, dtype=torch.int32, device="cpu")
+        kept[LAST_USE] = kept.get(LAST_USE, just_now).clamp(0, self.clock)
         before = len(physical)
         physical.write(torch.full(ids.shape, position, dtype=torch.int32, device="cpu"), ids, rows, kept)
         self.tally(table).rows_before += len(physical) - before

@@ -69,9 +69,14 @@ def erase(collection: "DynamicEmbeddingCollection", table: str, ids: object) -> 
     tables = _same_table(logical, mine)
     handles = physical.storage.find(tables, mine)
     known = handles >= 0
-    delete_rows(collection, physical, tables[known], mine[known], handles[known])
-    if "candidates" in physical.side:
-        physical.side["candidates"].erase(tables, mine)
+    problem: Exception | None = None
+    try:
+        delete_rows(collection, physical, tables[known], mine[known], handles[known])
+        if "candidates" in physical.side:
+            physical.side["candidates"].erase(tables, mine)
+    except Exception as error:
+        problem = error
+    collection.exchange.agree(problem)
     collection.tally(table).erased += int(known.sum())
     numbers = collection.exchange.gather_ints([int(known.sum()), int((~known).sum())])
     rows, unknown = (sum(column) for column in zip(*numbers, strict=True))
@@ -91,17 +96,20 @@ def pin(collection: "DynamicEmbeddingCollection", table: str, ids: object, *, pi
 def delete_rows(
     collection: "DynamicEmbeddingCollection", table: "PhysicalTable", tables: Tensor, ids: Tensor, handles: Tensor
 ) -> None:
-    """Delete rows of this rank, log them, and make steps and gradients that know their handles forget them."""
+    """Log rows of this rank, delete them, and make steps and gradients that know their handles forget them.
+
+    Without memory for the log nothing is deleted.
+    """
     if len(ids) == 0:
         return
+    log = table.side_table("evicted")
+    logged, _ = log.lookup(tables, ids, insert=True)
+    log.storage.scatter(logged, None, {LAST_USE: as_slot(torch.full_like(ids, collection.clock))})
     table.erase(tables, ids)
     for step in collection.steps:
         _detach(step, table, handles)
     if collection.optimizer is not None:
         collection.optimizer.forget_rows(table, handles)
-    log = table.side_table("evicted")
-    logged, _ = log.lookup(tables, ids, insert=True)
-    log.storage.scatter(logged, None, {LAST_USE: as_slot(torch.full_like(ids, collection.clock))})
     if len(log) > LOG_ROWS:
         _drop_oldest_half(log)
 

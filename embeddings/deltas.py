@@ -76,6 +76,7 @@ def apply_delta(collection: "DynamicEmbeddingCollection", parts: Sequence[Delta]
     ((base, clock),) = spans
     if base != collection.clock:
         raise ValueError(f"a delta from step {base} to {clock} does not follow a copy of step {collection.clock}")
+    collection.clock = clock
     for name in collection.table_names:
         collection.erase(name, torch.cat([part.deleted[name] for part in parts]))
         physical = collection.physical[collection.places[name][0]]
@@ -83,4 +84,3 @@ def apply_delta(collection: "DynamicEmbeddingCollection", parts: Sequence[Delta]
         for part in parts:
             collection.import_rows(name, {c: values for c, values in part.rows[name].items() if c in kept})
         collection.drain_evicted(name)
-    collection.clock = clock

@@ -40,26 +40,37 @@ class _Candidates:
 def evict_due(collection: "DynamicEmbeddingCollection") -> None:
     """Evict from the tables whose turn it is after step `collection.clock`, and drop old counters. Collective.
 
-    Raises ValueError, on every rank, when a table stays above max_rows because all its rows are in use or pinned.
+    Raises ValueError, on every rank, when a table stays above max_rows because all its rows are in use or pinned. A
+    rank without memory for it tells the others, and all raise.
     """
-    clock = collection.clock
+    clock, exchange = collection.clock, collection.exchange
     for table in collection.physical:
         forget_candidates(table, clock)
     due = [c for c in collection.tables.values() if c.eviction is not None and clock % c.eviction["every"] == 0]
     if not due:
         return
-    found = [candidates for table in collection.physical for candidates in _scan(collection, table, due)]
-    sizes = collection.exchange.gather_ints([n for c in found for n in (c.total, len(c.ids), c.expired)])
+    found: list[_Candidates] = []
+    problem: Exception | None = None
+    try:
+        found = [candidates for table in collection.physical for candidates in _scan(collection, table, due)]
+    except Exception as error:
+        problem = error
+    exchange.agree(problem)
+    sizes = exchange.gather_ints([n for c in found for n in (c.total, len(c.ids), c.expired)])
     totals = [sum(column) for column in zip(*sizes, strict=True)]
     full: list[str] = []
     for c, total, evictable, expired in zip(found, totals[::3], totals[1::3], totals[2::3], strict=True):
         count = how_many(c.policy, c.config.max_rows, total, evictable, expired)
         score_bits = 64 if c.policy["kind"] == "lfu" else -(-clock.bit_length() // 16) * 16
-        chosen = select_smallest(c.scores, c.ids, count, collection.exchange, score_bits=score_bits)
-        delete_rows(collection, c.table, c.tables[chosen], c.ids[chosen], c.handles[chosen])
-        collection.tally(c.config.name).evicted += int(chosen.sum())
+        chosen = select_smallest(c.scores, c.ids, count, exchange, score_bits=score_bits)
+        try:
+            delete_rows(collection, c.table, c.tables[chosen], c.ids[chosen], c.handles[chosen])
+            collection.tally(c.config.name).evicted += int(chosen.sum())
+        except Exception as error:
+            problem = error
         if c.config.max_rows is not None and total - count > c.config.max_rows and count == evictable:
             full.append(f"table {c.config.name!r} has {total - count} rows and max_rows is {c.config.max_rows}")
+    exchange.agree(problem)
     if full:
         raise ValueError(
             f"{'; '.join(full)}, and none may be evicted after step {clock}: they were used in it, are pinned or wait "

@@ -16,6 +16,7 @@ from .kernels import Slot
 from .reduction import RowGradients, agree_on_touched, reduce_gradients, squared_norm
 from .step import Step
 from .table import PhysicalTable
+from .use import record_use
 
 if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
@@ -61,6 +62,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._pending: list[Step] = []  # fetched for training and not yet applied, in the order of preparation
         self._survived: set[int] = set()  # serials of pending steps that outlived a step() or zero_grad() untouched
         self._reduced: list[RowGradients] | None = None
+        self._reached: set[str] = set()  # tables with a gradient in what was reduced, on some rank
+        self._notes: set[int | None] = set()  # when the use of the rows in it was noted
         self._finite = True
         collection.attach(self, self.layout)
 
@@ -102,6 +105,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             self.grad_norm, self._finite = 0.0, True
             return True
         self._reduced = reduce_gradients(self.collection, self._pending, touched, scale / exchange.world_size)
+        self._reached = set().union(*touched.values())
+        self._notes = {step.noted for step in self._pending if step.serial in touched}
         self._forget(set(touched))
         self.grad_norm = math.sqrt(exchange.sum_float(squared_norm(self.collection, self._reduced)))
         self._finite = math.isfinite(self.grad_norm)
@@ -163,6 +168,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise FloatingPointError(f"gradients of the embedding tables are not finite (norm {self.grad_norm})")
         if reduced is not None and finite:
             self._apply(reduced)
+            if self._notes != {self.collection.clock + 1}:
+                note_use(self.collection, reduced)
             self.collection.end_step()
         return loss
 
@@ -171,8 +178,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         if self.max_grad_norm:
             coefficient = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
         groups = {group["name"]: group for group in self.param_groups}
-        for group in self.param_groups:
-            group["steps"] += 1
+        for name in self._reached:
+            groups[name]["steps"] += 1
         for table, row_gradients in zip(self.collection.physical, reduced, strict=True):
             by_hyper: dict[tuple[tuple[str, float], ...], list[int]] = {}
             for position, config in enumerate(table.configs):
@@ -187,6 +194,17 @@ class SparseOptimizer(torch.optim.Optimizer):
                     mine = _of_tables(gradients, positions, all_tables=len(by_hyper) == 1)
                     if len(mine.handles):
                         storage.update(self.rule, mine.handles, mine.grads, mine.keys, **dict(hyper))
+
+
+def note_use(collection: "DynamicEmbeddingCollection", reduced: list[RowGradients]) -> None:
+    """Note that the step which ends used the rows it updated, where their last use is kept; their counts stay.
+
+    For steps that were prepared before another one was applied, or without counting: `prepare` noted an older step.
+    """
+    for table, rows in zip(collection.physical, reduced, strict=True):
+        if table.use_slots and len(rows.handles):
+            half_lives = None if table.half_lives is None else table.half_lives[rows.tables.long()]
+            record_use(table.storage, rows.handles, torch.zeros_like(rows.handles), collection.clock + 1, half_lives)
 
 
 def _of_tables(rows: RowGradients, positions: list[int], *, all_tables: bool) -> RowGradients:
@@ -288,7 +306,7 @@ class SparseAdam(SparseOptimizer):
 
     Args:
         step_mode: the clock of the bias correction. "row": the updates of the row itself, right for rare ids.
-            "global": the steps of the optimizer, as torch.optim.SparseAdam; a rare row then gets almost no correction.
+            "global": those of its table, as torch.optim.SparseAdam; a rare row then gets almost no correction.
     """
 
     rule = "adam"

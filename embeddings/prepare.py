@@ -26,7 +26,7 @@ MicroBatches = Sequence[Mapping[str, FeatureInput]]
 class _Request:
     """The distinct pairs that this rank needs of one physical table, ordered by (owner, logical table), on its device.
 
-    The counts are wanted in host memory: `prepare_step` brings those of all tables there at once.
+    The counts are wanted in host memory: `_ask` brings those of all tables there at once.
     """
 
     ids: Tensor  # int64 [U]
@@ -36,16 +36,37 @@ class _Request:
 
 
 @dataclass
+class _Asked:
+    """What this rank asks of all ranks, or the problem that kept it from asking."""
+
+    requests: list[_Request] = field(default_factory=list)  # one per physical table
+    bags: dict[tuple[int, str], Bags] = field(default_factory=dict)
+    device: torch.device = HOST  # of the ids
+    problem: Exception | None = None
+
+
+@dataclass
 class _Owned:
     """The distinct pairs that this rank was asked for in one physical table, as the owner of their rows."""
 
+    table: PhysicalTable
     tables: Tensor  # int32 [O]
     ids: Tensor  # int64 [O]
     inverse: Tensor | None  # int64 [R]: received id -> pair; None when R = O, in the same order
-    handles: Tensor  # int64 [O]; -1: no row
+    visit: Visit | None  # in a table with policies: what was decided
+    handles: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device=HOST))  # [O]; -1: no row
     inserted: int = 0
     complete: bool = False  # every pair has a row
-    visit: Visit | None = None  # in a table with policies: what is left to do
+
+    def commit(self, now: int, *, insert: bool) -> None:
+        """Find the rows, insert those that are missing, note their use as of step `now`."""
+        if self.visit is None:
+            self.handles, self.inserted = self.table.lookup(self.tables, self.ids, insert=insert)
+            self.complete = insert
+            return
+        self.inserted = self.visit.commit(now)
+        self.handles = self.visit.handles
+        self.complete = insert and len(self.visit.waiting) == 0
 
 
 def prepare_step(
@@ -57,64 +78,81 @@ def prepare_step(
     """
     exchange = collection.exchange
     before = exchange.bytes_sent
-    problem: Exception | None = None
-    requests: list[_Request] = []
-    bags: dict[tuple[int, str], Bags] = {}
-    device = HOST
-    try:
-        device = check_ids(collection, micro_batches)
-        bags = _bags(collection, micro_batches)
-        requests = [_request(collection, table, micro_batches, count=count) for table in collection.physical]
-        for request, counts in zip(requests, move([request.counts for request in requests], HOST), strict=True):
-            request.counts = counts
-    except Exception as error:
-        problem = error
-    received_counts = _swap_counts(collection, requests, problem, flags=2 * insert + 4 * count)
-
-    sizes = [len(table.configs) for table in collection.physical]
-    per_table = received_counts.split(sizes, dim=1)
+    asked = _ask(collection, micro_batches, count=count)
+    requests = asked.requests
+    arrived = _swap_counts(collection, asked, flags=2 * insert + 4 * count)
+    per_table = arrived.split([len(table.configs) for table in collection.physical], dim=1)
     sent = torch.stack([request.counts.sum(1) for request in requests], dim=1)
     received = torch.stack([counts.sum(1) for counts in per_table], dim=1)
     ids, occurrences = _swap_ids(collection, requests, sent, received)
-    found: list[_Owned] = []
-    try:
-        for table, *arrived in zip(collection.physical, ids, occurrences, per_table, strict=True):
-            found.append(_find(table, *arrived, distinct=exchange.world_size == 1, insert=insert, count=count))
-    except Exception as error:
-        problem = error
-    if collection.has_hard_ceiling and insert:
-        exchange.agree(problem)
-        check_ceilings(collection, [owned.visit for owned in found])
-    try:
-        for owned in found if problem is None else ():
-            if owned.visit is not None:
-                owned.inserted = owned.visit.commit(collection.clock + 1)
-                owned.handles = owned.visit.handles
-                owned.complete = insert and len(owned.visit.waiting) == 0
-    except Exception as error:
-        problem = error
-    exchange.agree(problem)
+    owned = _answer(collection, ids, occurrences, per_table, insert=insert, count=count)
 
     shares = [
-        TableShare(
-            table, request.index, len(request.ids), owned.inverse, owned.tables, owned.ids, owned.handles,
-            owned.complete,
-        )
-        for table, request, owned in zip(collection.physical, requests, found, strict=True)
-    ]  # fmt: skip
+        TableShare(o.table, request.index, len(request.ids), o.inverse, o.tables, o.ids, o.handles, o.complete)
+        for request, o in zip(requests, owned, strict=True)
+    ]
     statistics = {
         "ids": sum(index.numel() for request in requests for index in request.index.values()),
         "unique_sent": sum(len(request.ids) for request in requests),
         "received": sum(len(i) for i in ids),
         "unique_owned": sum(len(share.ids) for share in shares),
-        "inserted": sum(owned.inserted for owned in found),
+        "inserted": sum(o.inserted for o in owned),
         "bytes_sent": exchange.bytes_sent - before,
     }
     note_lookup(collection, shares, [r.counts for r in requests], per_table, insert=insert)
-    serial = collection.next_serial()
-    step = Step(collection, shares, sent, received, len(micro_batches), serial, device, bags, statistics, insert)
+    step = Step(
+        collection, shares, sent, received, len(micro_batches), collection.next_serial(), asked.device, asked.bags,
+        statistics, insert, noted=collection.clock + 1 if count else None,
+    )  # fmt: skip
     collection.watch(step)
     return step
+
+
+def _ask(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches, *, count: bool) -> _Asked:
+    asked = _Asked()
+    try:
+        asked.device = check_ids(collection, micro_batches)
+        asked.bags = _bags(collection, micro_batches)
+        asked.requests = [_request(collection, table, micro_batches, count=count) for table in collection.physical]
+        counts = move([request.counts for request in asked.requests], HOST)
+        for request, on_host in zip(asked.requests, counts, strict=True):
+            request.counts = on_host
+    except Exception as error:
+        asked.problem = error
+    return asked
+
+
+def _answer(
+    collection: "DynamicEmbeddingCollection",
+    ids: Sequence[Tensor],
+    occurrences: Sequence[Tensor | None],
+    counts: Sequence[Tensor],
+    *,
+    insert: bool,
+    count: bool,
+) -> list[_Owned]:
+    """Find or insert the rows that ranks ask for, see `_decide`. Collective.
+
+    When tables that do not evict would exceed max_rows nothing was changed, in no table of any rank.
+    """
+    exchange, distinct = collection.exchange, collection.exchange.world_size == 1
+    owned: list[_Owned] = []
+    problem: Exception | None = None
+    try:
+        for table, i, met, of_table in zip(collection.physical, ids, occurrences, counts, strict=True):
+            owned.append(_decide(table, i, met, of_table, distinct=distinct, insert=insert, count=count))
+    except Exception as error:
+        problem = error
+    if collection.has_hard_ceiling and insert:
+        exchange.agree(problem)
+        check_ceilings(collection, [o.visit for o in owned])
+    try:
+        for o in owned if problem is None else ():
+            o.commit(collection.clock + 1, insert=insert)
+    except Exception as error:
+        problem = error
+    exchange.agree(problem)
+    return owned
 
 
 def _swap_ids(
@@ -220,14 +258,12 @@ def _by_owner(unique: Unique, world_size: int, num_tables: int) -> tuple[Tensor,
     return unique.ids[order], counts, place[unique.inverse], order
 
 
-def _swap_counts(
-    collection: "DynamicEmbeddingCollection", requests: list[_Request], problem: Exception | None, *, flags: int
-) -> Tensor:
+def _swap_counts(collection: "DynamicEmbeddingCollection", asked: _Asked, *, flags: int) -> Tensor:
     """Return how many ids of each logical table every rank asks for: int64 [world, logical tables].
 
     A word beside the counts tells a problem of this rank, or a call with other flags, to the others: all stop here.
     """
-    exchange = collection.exchange
+    exchange, requests, problem = collection.exchange, asked.requests, asked.problem
     if exchange.world_size == 1:
         exchange.agree(problem)
         return torch.cat([request.counts for request in requests], dim=1)
@@ -245,13 +281,13 @@ def _swap_counts(
     return received[:, 1:]
 
 
-def _find(
+def _decide(
     table: PhysicalTable, ids: Tensor, occurrences: Tensor | None, counts: Tensor,
     *, distinct: bool, insert: bool, count: bool,
 ) -> _Owned:  # fmt: skip
-    """Find or insert ids int64 [R] that arrived as counts [world, logical tables], each met occurrences [R] times.
+    """See what becomes of ids int64 [R] that arrived as counts [world, logical tables], each met occurrences [R] times.
 
-    In a table with policies nothing is changed yet: see `Visit`.
+    Only reads; `_Owned.commit` does it.
     """
     device = table.device
     tables, inverse = torch.zeros(len(ids), dtype=torch.int32, device=device), None
@@ -264,8 +300,6 @@ def _find(
         tables = torch.zeros(len(ids), dtype=torch.int32, device=device) if unique.tables is None else unique.tables
         if occurrences is not None:
             occurrences = torch.zeros_like(ids).index_add_(0, inverse, occurrences)
-    if table.has_policy and (insert or count):
-        found = visit(table, tables, ids, occurrences, insert=insert)
-        return _Owned(tables, ids, inverse, found.handles, visit=found)
-    handles, inserted = table.lookup(tables, ids, insert=insert)
-    return _Owned(tables, ids, inverse, handles, inserted, complete=insert)
+    has_visit = table.has_policy and (insert or count)
+    found = visit(table, tables, ids, occurrences, insert=insert) if has_visit else None
+    return _Owned(table, tables, ids, inverse, found)

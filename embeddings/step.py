@@ -64,6 +64,7 @@ class Step:
     bags: dict[tuple[int, str], Bags]  # (micro-batch, feature) of features that pool
     statistics: dict[str, int]
     inserts: bool = True  # prepared for training
+    noted: int | None = None  # the step as of which the use of its rows was noted; None: it was not
     touched: set[str] = field(default_factory=set)  # logical tables that a backward pass reached since the last reduce
 
     def fetch(self, device: torch.device | None = None) -> "Step":

@@ -209,6 +209,16 @@ class PhysicalTable:
             self.storage.scatter(handles[mine].cpu()[place >= 0], vectors.rows[place[place >= 0]], {})
         return handles, inserted
 
+    def insert_new(self, tables: Tensor, ids: Tensor) -> Tensor:
+        """Return the handles int64 [n] of distinct pairs that had no row. The rows by logical table need no recount."""
+        none = torch.zeros(len(self.configs), dtype=torch.int64, device=HOST)
+        before = self._rows_by_table if len(self) else none
+        handles, inserted = self.lookup(tables, ids, insert=True)
+        assert inserted == len(ids)
+        if before is not None:
+            self._rows_by_table = before + torch.bincount(tables, minlength=len(self.configs)).cpu()
+        return handles
+
     def erase(self, tables: Tensor, ids: Tensor) -> int:
         """Delete rows with their state and return how many there were; absent pairs are ignored."""
         self._rows_by_table = None

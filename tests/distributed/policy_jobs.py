@@ -118,6 +118,32 @@ def refuse(rank: int, world_size: int, group: Any) -> list[str]:
     return [*messages, str(collection.total_rows()), str(evicting.total_rows())]
 
 
+def without_memory(rank: int, world_size: int, group: Any) -> list[Any]:
+    """Deleting rows where the last rank has no memory to log them: what each rank raises, and what rows it has then."""
+    tight = TableConfig(name="a", embedding_dim=2, max_rows=8, eviction={"kind": "lru", "every": 2})
+    found: list[Any] = []
+    for number in range(2):
+        collection, optimizer = build([tight], process_group=group)
+        train_step(collection, optimizer, [{"a": torch.arange(40)}])
+        if rank == world_size - 1:
+            collection.physical[0].side_table("evicted").lookup = _no_memory  # type: ignore[method-assign]
+        try:
+            if number == 0:
+                collection.erase("a", torch.arange(20))
+            else:
+                train_step(collection, optimizer, [{"a": torch.arange(8)}])
+            found.append(None)
+        except (MemoryError, RuntimeError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+        found.append(collection.num_rows("a") == len(collection.ids("a")))
+        found.append(collection.total_rows("a"))
+    return found
+
+
+def _no_memory(*_: Any, **__: Any) -> Any:
+    raise MemoryError("nothing left")
+
+
 def erase(rank: int, world_size: int, group: Any) -> list[Any]:
     """Erase ids that ranks give, some twice and some without a row."""
     collection, optimizer = build([TableConfig(name="a", embedding_dim=2)], process_group=group)
@@ -142,5 +168,6 @@ def all_worlds(rank: int, world_size: int, folder: str) -> dict[str, Any]:
                 "resumed": run(rank, world, group, resume=f"{folder}/1", save=f"{folder}/again-{world}"),
                 "refuse": refuse(rank, world, group),
                 "erase": erase(rank, world, group),
+                "without_memory": without_memory(rank, world, group),
             }
     return results

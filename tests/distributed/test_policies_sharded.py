@@ -110,3 +110,15 @@ def test_s19_a_full_table_raises_on_every_rank_and_names_the_remedy(ranks: list[
 def test_erase_takes_the_ids_of_all_ranks_and_reports_unknown_ones(ranks: list[Any], world: int) -> None:
     for rank in ranks[:world]:
         assert rank[str(world)]["erase"] == [[1 + world, world], 19 - world, 1, 19 - world, 1 + world]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_s17_a_rank_without_memory_for_the_log_deletes_nothing_and_all_ranks_raise(
+    ranks: list[Any], world: int
+) -> None:
+    for number, rank in enumerate(ranks[:world]):
+        erased, erased_whole, left, evicted, evicted_whole, _ = rank[str(world)]["without_memory"]
+        alone = "MemoryError: nothing left"
+        told = alone if number == world - 1 else f"RuntimeError: rank {world - 1} failed: nothing left"
+        assert (erased, evicted) == (told, told) and erased_whole and evicted_whole
+        assert (left == 40) == (world == 1) and left >= 20

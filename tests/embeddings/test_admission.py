@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grzoo.embeddings import DynamicEmbeddingCollection, TableConfig
+from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, TableConfig
 from policy_table import build, candidates, train, use
 
 BACKENDS = ["naive", "host"]
@@ -118,3 +118,28 @@ def test_s19_a_table_that_does_not_evict_refuses_to_exceed_max_rows() -> None:
     collection.train().erase("a", torch.tensor([1]))
     train(collection, optimizer, [4])
     assert sorted(collection.ids("a").tolist()) == [2, 3, 4]
+
+
+def test_s19_what_would_exceed_max_rows_changes_no_table() -> None:
+    tables = [TableConfig(name="limited", embedding_dim=2, max_rows=1), TableConfig(name="free", embedding_dim=2)]
+    collection = DynamicEmbeddingCollection(tables, [FeatureConfig(name=t.name, table=t.name) for t in tables])
+    for order in (["free", "limited"], ["limited", "free"]):
+        with pytest.raises(ValueError, match="'limited' has 0 rows and needs 2 more"):
+            collection.prepare([{name: torch.tensor([1, 2]) for name in order}])
+    assert collection.num_rows() == 0
+
+
+def test_merged_tables_with_a_ceiling_count_their_rows_without_reading_them_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables = [TableConfig(name=name, embedding_dim=2, max_rows=9) for name in "ab"]
+    features = [FeatureConfig(name=t.name, table=t.name) for t in tables]
+    collection = DynamicEmbeddingCollection(tables, features, backend="naive")
+    collection.prepare([{"a": torch.tensor([1, 2]), "b": torch.tensor([2])}])
+    with monkeypatch.context() as patched:
+        patched.delattr(type(collection.physical[0].storage), "keys")
+        collection.prepare([{"a": torch.tensor([2, 3]), "b": torch.tensor([5, 6, 7, 2])}])
+        assert [collection.num_rows(name) for name in "ab"] == [3, 4]
+    assert [len(collection.ids(name)) for name in "ab"] == [3, 4]
+    collection.erase("b", torch.tensor([5, 6]))
+    assert [collection.num_rows(name) for name in "ab"] == [3, 2]

@@ -72,6 +72,29 @@ def test_s16_a_step_with_pending_gradients_survives_the_eviction_of_others() -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_s16_rows_that_the_step_trained_stay_though_another_step_came_after_their_prepare(backend: str) -> None:
+    collection, optimizer = build(backend, max_rows=2, eviction={"kind": "lru", "every": 2})
+    first = collection.prepare([{"f": ids(5, 6)}]).fetch()
+    ahead = collection.prepare([{"f": ids(1, 1)}])
+    for step in (first, ahead):
+        if step is ahead:
+            step.fetch()
+        step[0]["f"].sum().backward()
+        optimizer.step()
+    assert use(collection) == {1: (2, 2), 6: (1, 1)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_s16_rows_that_the_step_trained_stay_though_they_were_not_counted(backend: str) -> None:
+    collection, optimizer = build(backend, max_rows=2, eviction={"kind": "lfu", "every": 1, "half_life": 2})
+    train(collection, optimizer, [1, 1, 1, 1, 2])
+    for step in (collection.prepare([{"f": ids(3)}]), collection.prepare([{"f": ids(1)}], count=False)):
+        step.fetch()[0]["f"].sum().backward()
+    optimizer.step()
+    assert use(collection) == {1: (2, 2), 3: (2, 1)}, "a count is as of the last use: halved at step 2"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_s16_erasing_rows_with_pending_gradients_is_safe(backend: str) -> None:
     collection, optimizer = build(backend)
     train(collection, optimizer, [1, 2])

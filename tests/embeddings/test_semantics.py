@@ -156,6 +156,34 @@ def test_s25_a_full_copy_and_its_deltas_in_order_are_the_table(tmp_path: Path) -
     assert attached.collection is follower
 
 
+def test_s25_a_delta_has_the_rows_that_were_trained_whenever_they_were_prepared() -> None:
+    tables, follower = build(track_use=True), build(track_use=True)
+    optimizer = SparseSGD(tables, lr=1.0)
+    mine = torch.tensor([1000, 1001])  # of no other step
+    tables({"item": mine, "user": mine})["item"].sum().backward()
+    optimizer.step()
+    apply_delta(follower, [take_delta(tables, 0)])
+    for late in (tables.prepare([{"item": mine[:1]}]), tables.prepare([{"item": mine[1:]}], count=False)):
+        train(tables, optimizer, range(2))
+        apply_delta(follower, [take_delta(tables, follower.clock)])
+        late.fetch()[0]["item"].sum().backward()
+        optimizer.step()
+        apply_delta(follower, [take_delta(tables, follower.clock)])
+        assert_same_bits(tables, follower)
+
+
+def test_s18_an_imported_use_of_a_longer_training_is_of_now() -> None:
+    trained, fresh = build(**LRU), build(**LRU)
+    optimizer, other = SparseSGD(trained, lr=1.0), SparseSGD(fresh, lr=1.0)
+    train(trained, optimizer, range(5))
+    exported = trained.export_rows("item")
+    fresh.import_rows("item", exported)
+    assert set(fresh.export_rows("item")["last_use"].tolist()) == {0}
+    train(fresh, other, range(5))
+    fresh.import_rows("item", exported)
+    assert torch.equal(fresh.export_rows("item")["last_use"], exported["last_use"])
+
+
 def test_s25_an_id_that_went_and_came_back_is_the_later_one() -> None:
     tables = build(track_use=True)
     optimizer = SparseSGD(tables, lr=1.0)
