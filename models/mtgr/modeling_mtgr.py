@@ -106,7 +106,7 @@ class MTGRModel(MTGRPreTrainedModel, RankingBackbone):
             tokens = keyed_dropout(tokens, self.config.hidden_dropout, keys, site=0)
         groups = self._groups(batch, num_user_tokens).index_select(0, order).to(tokens.dtype)
         visibility = self._visibility(batch, num_user_tokens, order)
-        divisors = _divisors(batch, layout, num_user_tokens)
+        divisors = _divisors(visibility, layout)
         for layer in self.layers:
             tokens = layer(tokens, groups, layout, visibility, divisors, keys)
         return tokens.index_select(0, places[len(places) - batch.candidates.num_tokens :])
@@ -145,10 +145,17 @@ def _first_candidate_times(batch: RankingBatch) -> Tensor:
     return torch.repeat_interleave(first, batch.layout.cu_seq_lens.diff(), output_size=batch.layout.num_tokens)
 
 
-def _divisors(batch: RankingBatch, layout: JaggedLayout, num_user_tokens: int) -> Tensor:
-    """float32 [N]: tokens of the sample if it had one candidate, so that more candidates change nothing."""
-    per_user = batch.layout.cu_seq_lens.diff() + num_user_tokens + 1
-    return torch.repeat_interleave(per_user, layout.cu_seq_lens.diff(), output_size=layout.num_tokens).float()
+def _divisors(visibility: Visibility, layout: JaggedLayout) -> Tensor:
+    """float32 [N]: tokens that each token sees, so that neither other candidates nor its future change a score."""
+    lengths = layout.cu_seq_lens.diff()
+    samples = torch.arange(len(lengths), device=lengths.device)
+    sample = torch.repeat_interleave(samples, lengths, output_size=layout.num_tokens)
+    times = torch.cat([visibility.query_times, visibility.key_times])
+    # Times as ranks: sample and time then fit in one number, and one sorted search serves all samples.
+    ranks = times.unique(return_inverse=True)[1] + sample.repeat(2) * len(times)
+    queries, keys = ranks.chunk(2)
+    seen = torch.searchsorted(keys.sort().values, queries) - layout.cu_seq_lens[sample]
+    return (seen + visibility.only_itself()).float()
 
 
 class MTGRForRanking(MTGRPreTrainedModel, GenRecForRanking):
