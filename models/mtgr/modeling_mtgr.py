@@ -123,7 +123,8 @@ class MTGRModel(MTGRPreTrainedModel, RankingBackbone):
         """Profile and long-term tokens are seen by all; a real-time event by what is later; a candidate by none."""
         seen_from, looks_at, is_recent = batch.timestamps, batch.timestamps, batch.is_recent
         if not self.config.use_dynamic_mask:
-            is_early = batch.timestamps < _first_candidate_times(batch)
+            owner = torch.repeat_interleave(batch.layout.cu_seq_lens.diff(), output_size=batch.layout.num_tokens)
+            is_early = batch.timestamps < batch.first_candidate_times[owner]
             seen_from = torch.full_like(batch.timestamps, NEVER).masked_fill(is_early, ALWAYS)
             looks_at = torch.full_like(batch.timestamps, STATIC)
         profile = batch.input_ids.new_zeros(len(batch.layout.lengths) * num_user_tokens)
@@ -134,15 +135,6 @@ class MTGRModel(MTGRPreTrainedModel, RankingBackbone):
             torch.full_like(batch.candidate_ids, NEVER),
         ]
         return Visibility(torch.cat(query_times).index_select(0, order), torch.cat(key_times).index_select(0, order))
-
-
-def _first_candidate_times(batch: RankingBatch) -> Tensor:
-    """int64 [T]: time of the first candidate of the event's user."""
-    counts, users = batch.candidates.cu_seq_lens.diff(), len(batch.candidates.lengths)
-    owner = torch.repeat_interleave(torch.arange(users, device=counts.device), counts)
-    first = torch.full((users,), NEVER, device=counts.device)
-    first = first.scatter_reduce(0, owner, batch.candidate_timestamps, "amin")
-    return torch.repeat_interleave(first, batch.layout.cu_seq_lens.diff(), output_size=batch.layout.num_tokens)
 
 
 def _divisors(visibility: Visibility, layout: JaggedLayout) -> Tensor:
