@@ -53,7 +53,9 @@ class RankingPreTrainedModel(GenRecPreTrainedModel):
                 token.requires_grad_(True)
 
         self.disable_input_require_grads()
-        self._require_grads_hooks = [self.base_model.features.register_forward_hook(require)]
+        features = self.base_model.features
+        assert isinstance(features, FeatureTokens)
+        self._require_grads_hooks = [features.register_forward_hook(require)]
 
     def embedding_ids(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return self._ids(RankingBatch.from_fields(batch, self.config))

@@ -223,7 +223,8 @@ def ranking_details() -> str:
         best = ", ".join(row["best_epoch"] for row in group)
         seeds = ", ".join(sorted(row["seed"] for row in group))
         minutes = mean(float(row["seconds"] or row["cpu_seconds"]) for row in group) / 60
-        sizes = [first["learning_rate"], first["dropout"], best, f"{int(first['dense_parameters']):,}", f"{minutes:.1f}"]
+        size = f"{int(first['dense_parameters']):,}"
+        sizes = [first["learning_rate"], first["dropout"], best, size, f"{minutes:.1f}"]
         shown = [spread(group, name) for name in metrics]
         tuned = _STAGES[first["stage"]]
         lines.append([_DATASETS[first["dataset"]], first["variant"], seeds, *shown, tuned, *sizes])
