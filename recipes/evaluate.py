@@ -29,7 +29,9 @@ class EvaluateArguments:
     dataset_dir: str | None = option(None, "A dataset folder.")
     split: Literal["validation", "test"] = option("test", "Which events to rank.")
     max_candidates: int = option(50, "Ranking: as in training, exposures of a user in one sample at most.")
-    num_recent: int = option(20, "Ranking: as in training, events before a sample that count as real-time history.")
+    num_recent: int | None = option(
+        None, "Ranking: events before a sample that count as real-time history; default: as in training (the config)."
+    )
     output_file: str | None = option(None, "Also write the metrics as JSON.")
 
 

@@ -24,7 +24,7 @@ from .settings import Settings
 
 METRICS = ("auc", "gauc", "logloss", "ne")
 _FROM_SCHEMA = ("tasks", "user_features", "event_features", "item_features", "cross_features")
-_OWNED = {"max_sequence_length": "--max_length", "embedding_seed": "--seed"}
+_OWNED = {"max_sequence_length": "--max_length", "num_recent": "--num_recent", "embedding_seed": "--seed"}
 
 
 def is_ranking(model_type: str | None) -> bool:
@@ -53,7 +53,8 @@ def build_ranking_config(settings: Settings, schema: DatasetSchema) -> RankingCo
         unknown = sorted(set(options.get(name) or []) - set(decided[name]))
         if unknown:
             raise UserError(f"model.{name} names {unknown}; the data set has {list(decided[name])}")
-    decided |= {"max_sequence_length": settings.data.max_length, "embedding_seed": settings.training.seed}
+    decided |= {"max_sequence_length": settings.data.max_length, "num_recent": settings.data.num_recent}
+    decided["embedding_seed"] = settings.training.seed
     config: RankingConfig = build_config(config_class, {**decided, **options})
     return config
 
@@ -67,20 +68,27 @@ def build_ranking_model(settings: Settings, config: RankingConfig) -> Any:
 
 def build_collator(dataset: EventDataset, config: RankingConfig, settings: Settings) -> RankingCollator:
     """The windows and features that the config names."""
-    return ranking_collator(
-        dataset,
-        config,
-        seed=settings.training.seed,
-        max_candidates=settings.data.max_candidates,
-        num_recent=settings.data.num_recent,
-    )
+    return ranking_collator(dataset, config, seed=settings.training.seed, max_candidates=settings.data.max_candidates)
 
 
-def ranking_collator(dataset: EventDataset, config: RankingConfig, **options: Any) -> RankingCollator:
-    """A collator of the features and tasks of a model."""
+def ranking_collator(
+    dataset: EventDataset, config: RankingConfig, *, num_recent: int | None = None, **options: Any
+) -> RankingCollator:
+    """A collator of the features and tasks of a model; `num_recent` instead of the config's, where given.
+
+    Raises:
+        ValueError: neither the call nor the config says how many events before a sample are its real-time history.
+    """
+    num_recent = config.num_recent if num_recent is None else num_recent
+    if num_recent is None:
+        raise ValueError(
+            f"the config of this {config.model_type} model has no num_recent, as in exports of earlier versions: give "
+            "the number that it was trained with (--num_recent; the recipes' default is 20)"
+        )
     return RankingCollator(
         dataset,
         max_length=config.max_sequence_length,
+        num_recent=num_recent,
         tasks=list(config.tasks or []),
         user_features=config.user_features,
         event_features=config.event_features,
@@ -122,7 +130,7 @@ class RankingEvaluator:
         catalogue: gives the training counts of the popularity baseline.
         config: of the model: features, tasks, cost.
         batch_size: samples of a forward pass over all ranks.
-        options: of the collator: max_candidates, num_recent.
+        options: of `ranking_collator`: max_candidates, num_recent.
     """
 
     def __init__(
@@ -226,7 +234,6 @@ def ranking_evaluators(
                 batch_size=settings.evaluation.eval_batch_size,
                 max_tokens=settings.step.max_tokens_per_device,
                 max_candidates=settings.data.max_candidates,
-                num_recent=settings.data.num_recent,
             )
             for split in splits
         }

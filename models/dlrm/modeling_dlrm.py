@@ -16,6 +16,7 @@ from .configuration_dlrm import DLRMConfig
 
 class DLRMPreTrainedModel(RankingPreTrainedModel):
     config: DLRMConfig
+    supports_gradient_checkpointing = False
 
 
 class DLRMModel(DLRMPreTrainedModel, RankingBackbone):

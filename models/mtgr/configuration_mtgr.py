@@ -19,7 +19,7 @@ class MTGRConfig(RankingConfig):
         use_group_norm: separate normalisation parameters for profile, long-term, real-time and candidate tokens.
         use_dynamic_mask: real-time events are seen by what is later. Without it, a sample's real-time events before its
             first candidate count as long-term ones and no token sees the others: what a mask that knows no time of a
-            candidate can show without showing its future.
+            candidate can show without showing its future. The events since the first candidate are lost with it.
 
     Example:
         >>> from grzoo.models import MTGRConfig, MTGRForRanking

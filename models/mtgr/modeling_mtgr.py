@@ -106,7 +106,7 @@ class MTGRModel(MTGRPreTrainedModel, RankingBackbone):
             tokens = keyed_dropout(tokens, self.config.hidden_dropout, keys, site=0)
         groups = self._groups(batch, num_user_tokens).index_select(0, order).to(tokens.dtype)
         visibility = self._visibility(batch, num_user_tokens, order)
-        divisors = _divisors(batch, layout, num_user_tokens)
+        divisors = _divisors(visibility, layout)
         for layer in self.layers:
             tokens = layer(tokens, groups, layout, visibility, divisors, keys)
         return tokens.index_select(0, places[len(places) - batch.candidates.num_tokens :])
@@ -123,7 +123,8 @@ class MTGRModel(MTGRPreTrainedModel, RankingBackbone):
         """Profile and long-term tokens are seen by all; a real-time event by what is later; a candidate by none."""
         seen_from, looks_at, is_recent = batch.timestamps, batch.timestamps, batch.is_recent
         if not self.config.use_dynamic_mask:
-            is_early = batch.timestamps < _first_candidate_times(batch)
+            owner = torch.repeat_interleave(batch.layout.cu_seq_lens.diff(), output_size=batch.layout.num_tokens)
+            is_early = batch.timestamps < batch.first_candidate_times[owner]
             seen_from = torch.full_like(batch.timestamps, NEVER).masked_fill(is_early, ALWAYS)
             looks_at = torch.full_like(batch.timestamps, STATIC)
         profile = batch.input_ids.new_zeros(len(batch.layout.lengths) * num_user_tokens)
@@ -136,19 +137,17 @@ class MTGRModel(MTGRPreTrainedModel, RankingBackbone):
         return Visibility(torch.cat(query_times).index_select(0, order), torch.cat(key_times).index_select(0, order))
 
 
-def _first_candidate_times(batch: RankingBatch) -> Tensor:
-    """int64 [T]: time of the first candidate of the event's user."""
-    counts, users = batch.candidates.cu_seq_lens.diff(), len(batch.candidates.lengths)
-    owner = torch.repeat_interleave(torch.arange(users, device=counts.device), counts)
-    first = torch.full((users,), NEVER, device=counts.device)
-    first = first.scatter_reduce(0, owner, batch.candidate_timestamps, "amin")
-    return torch.repeat_interleave(first, batch.layout.cu_seq_lens.diff(), output_size=batch.layout.num_tokens)
-
-
-def _divisors(batch: RankingBatch, layout: JaggedLayout, num_user_tokens: int) -> Tensor:
-    """float32 [N]: tokens of the sample if it had one candidate, so that more candidates change nothing."""
-    per_user = batch.layout.cu_seq_lens.diff() + num_user_tokens + 1
-    return torch.repeat_interleave(per_user, layout.cu_seq_lens.diff(), output_size=layout.num_tokens).float()
+def _divisors(visibility: Visibility, layout: JaggedLayout) -> Tensor:
+    """float32 [N]: tokens that each token sees, so that neither other candidates nor its future change a score."""
+    lengths = layout.cu_seq_lens.diff()
+    samples = torch.arange(len(lengths), device=lengths.device)
+    sample = torch.repeat_interleave(samples, lengths, output_size=layout.num_tokens)
+    times = torch.cat([visibility.query_times, visibility.key_times])
+    # Times as ranks: sample and time then fit in one number, and one sorted search serves all samples.
+    ranks = times.unique(return_inverse=True)[1] + sample.repeat(2) * len(times)
+    queries, keys = ranks.chunk(2)
+    seen = torch.searchsorted(keys.sort().values, queries) - layout.cu_seq_lens[sample]
+    return (seen + visibility.only_itself()).float()
 
 
 class MTGRForRanking(MTGRPreTrainedModel, GenRecForRanking):

@@ -1,7 +1,9 @@
 """A micro-batch of a ranking model: users with a history each and any number of candidates, packed."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ _CANDIDATE_FIELDS = (
     "candidate_keys",
 )
 _USER_FIELDS = ("user_features", "num_recent", "user_keys")
+_LAYOUT_FIELDS = ("cu_seq_lens_q", "cu_seq_lens_candidates", "attention_mask", "candidate_mask")
+_UNREAD_FIELDS = ("user_ids",)  # of a collator's micro-batch
+_NUMBERS = ("cross_features", "labels", "label_mask")  # the other fields are int64
+_NO_TIME = 1 << 62  # later than any candidate
 
 
 @dataclass
@@ -63,8 +69,9 @@ class RankingBatch:
         """Check and pack the fields of `GenRecForRanking.forward`, which describes them.
 
         Raises:
-            ValueError: for fields that are missing, of another shape, unsorted or negative times, values that are not
-            finite.
+            ValueError: for fields that are missing, of another shape or dtype, unsorted or negative times, a long-term
+            event that is not before its user's candidates, dense features that are not finite, known labels outside
+            [0, 1].
         """
         given = {name: value for name, value in given.items() if value is not None}
         _require(given, config)
@@ -76,33 +83,50 @@ class RankingBatch:
         if len(candidates.lengths) != users:
             raise ValueError(f"there are {users} histories, but {len(candidates.lengths)} groups of candidates.")
         values = {**events, **exposed, **{name: given[name] for name in _USER_FIELDS if name in given}}
+        brings_recent = "num_recent" in values
         values.setdefault("num_recent", layout.cu_seq_lens.diff())
         _fill_absent(values, layout.num_tokens, candidates.num_tokens, users)
         known = {field.name for field in fields(cls)}
         batch = cls(layout, candidates, **{name: value for name, value in values.items() if name in known})
         batch._check_widths(config)
         batch._check_values(config)
+        if brings_recent:
+            batch._check_recent()
+        elif config.num_recent is not None:
+            batch.num_recent = batch._recent_from_first_candidate(config.num_recent)
         return batch
 
     def _check_widths(self, config: RankingConfig) -> None:
-        tasks = len(config.tasks or [])
-        wanted = {
-            "user_features": (len(self.layout.lengths), len(config.user_features or [])),
-            "event_features": (self.layout.num_tokens, len(config.event_features or [])),
-            "item_features": (self.layout.num_tokens, len(config.item_features or {})),
-            "candidate_features": (self.candidates.num_tokens, len(config.item_features or {})),
-            "cross_features": (self.candidates.num_tokens, len(config.cross_features or [])),
-            "labels": (self.candidates.num_tokens, tasks),
-            "label_mask": (self.candidates.num_tokens, tasks),
-            "num_recent": (len(self.layout.lengths),),
+        tasks, users = len(config.tasks or []), len(self.layout.lengths)
+        events, candidates = self.layout.num_tokens, self.candidates.num_tokens
+        wanted: dict[str, tuple[int, ...]] = {
+            "input_ids": (events,),
+            "timestamps": (events,),
+            "token_keys": (events,),
+            "event_features": (events, len(config.event_features or [])),
+            "item_features": (events, len(config.item_features or {})),
+            "candidate_ids": (candidates,),
+            "candidate_timestamps": (candidates,),
+            "candidate_keys": (candidates,),
+            "candidate_features": (candidates, len(config.item_features or {})),
+            "cross_features": (candidates, len(config.cross_features or [])),
+            "labels": (candidates, tasks),
+            "label_mask": (candidates, tasks),
+            "user_features": (users, len(config.user_features or [])),
+            "user_keys": (users,),
+            "num_recent": (users,),
         }
         for name, shape in wanted.items():
             value = getattr(self, name)
-            if value is not None and tuple(value.shape) != shape:
+            if value is None:
+                continue
+            if tuple(value.shape) != shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(value.shape)} after packing, expected {shape}: the last size follows "
-                    "the names in the model's config."
+                    f"{name} has shape {tuple(value.shape)} after packing, expected {shape} for {users} users, "
+                    f"{events} events and {candidates} candidates: a last size follows the names in the model's config."
                 )
+            if name not in _NUMBERS and (value.is_floating_point() or value.dtype == torch.bool):
+                raise ValueError(f"{name} has dtype {value.dtype}, expected int64: convert it with .long().")
 
     def _check_values(self, config: RankingConfig) -> None:
         finite = torch.isfinite(self.cross_features)
@@ -119,6 +143,48 @@ class RankingBatch:
                 f"candidate timestamp {int(self.candidate_timestamps.min())} is negative; timestamps are seconds since "
                 "1970."
             )
+        if self.labels is not None:
+            wrong = ~((self.labels >= 0) & (self.labels <= 1))
+            if self.label_mask is not None:
+                wrong &= self.label_mask.bool()
+            if bool(wrong.any()):
+                at, task = (int(x) for x in wrong.nonzero()[0])
+                raise ValueError(
+                    f"label {(config.tasks or [])[task]!r} of candidate {at} is {float(self.labels[at, task])}: known "
+                    "labels lie in [0, 1]; mark an unknown one in label_mask."
+                )
+
+    def _check_recent(self) -> None:
+        if bool((self.num_recent < 0).any()):
+            raise ValueError(f"num_recent is {int(self.num_recent.min())}; it counts events: give 0 or more.")
+        if not self.layout.num_tokens:
+            return
+        counts = self.layout.cu_seq_lens.diff() - self.num_recent
+        last = self.layout.cu_seq_lens[:-1] + counts - 1
+        times = self.timestamps[last.clamp(min=0)]
+        late = (counts > 0) & (times >= self.first_candidate_times)
+        if bool(late.any()):
+            user = int(late.nonzero()[0])
+            raise ValueError(
+                f"the last long-term event of user {user} of the batch, at {int(times[user])}, is not before the "
+                f"user's first candidate, at {int(self.first_candidate_times[user])}: every candidate sees the "
+                "long-term events. Raise num_recent, so that such events are real-time ones."
+            )
+
+    def _recent_from_first_candidate(self, num_recent: int) -> Tensor:
+        """int64 [B]: the last `num_recent` events before the user's first candidate, and all that are not before."""
+        lengths = self.layout.cu_seq_lens.diff()
+        owner = torch.repeat_interleave(lengths, output_size=self.layout.num_tokens)
+        is_late = (self.timestamps >= self.first_candidate_times[owner]).long()
+        return torch.minimum(torch.zeros_like(lengths).index_add(0, owner, is_late) + num_recent, lengths)
+
+    @cached_property
+    def first_candidate_times(self) -> Tensor:
+        """int64 [B]: time of each user's first candidate; 2^62 for a user without one."""
+        counts = self.candidates.cu_seq_lens.diff()
+        owner = torch.repeat_interleave(counts, output_size=self.candidates.num_tokens)
+        first = torch.full(counts.shape, _NO_TIME, dtype=torch.int64, device=counts.device)
+        return first.scatter_reduce(0, owner, self.candidate_timestamps.long(), "amin")
 
     def keep_last(self, max_length: int) -> "RankingBatch":
         """Each history cut to its last `max_length` events."""
@@ -154,6 +220,16 @@ class RankingBatch:
         lengths = self.layout.cu_seq_lens.diff()
         first = torch.repeat_interleave(lengths - self.num_recent, lengths, output_size=self.layout.num_tokens)
         return packed_positions(self.layout) >= first
+
+
+def check_names(given: Mapping[str, Any]) -> None:
+    """Raises ValueError for the name of a field that no ranking batch has."""
+    known = {*_EVENT_FIELDS, *_CANDIDATE_FIELDS, *_USER_FIELDS, *_LAYOUT_FIELDS, *_UNREAD_FIELDS}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {sorted(known)}."
+            raise ValueError(f"a ranking batch has no field {name!r}: {hint}")
 
 
 def token_order(batch: RankingBatch, num_user_tokens: int) -> tuple[JaggedLayout, Tensor]:
@@ -204,6 +280,9 @@ def _pack(
 ) -> tuple[JaggedLayout, dict[str, Tensor]]:
     """The layout of `ids`, and the fields of `names` as [tokens, ...]."""
     shape = given[ids].shape
+    if len(shape) != 2 or (starts in given and shape[0] != 1):
+        want = f"[1, tokens], since the batch is packed ({starts})" if starts in given else "[users, tokens], padded"
+        raise ValueError(f"{ids} has shape {tuple(shape)}, expected {want}.")
     for name in names:
         if name in given and given[name].shape[:2] != shape:
             raise ValueError(f"{name} has shape {tuple(given[name].shape)}, but {ids} {tuple(shape)}: they must agree.")

@@ -20,8 +20,11 @@ class RankingConfig(PreTrainedConfig):
         event_features: names of what is known of a past event besides its item, ids (an action, a channel).
         item_features: name -> number of flags of a multi-hot feature of an item, one int64 of bits for each (genres).
         cross_features: names of the dense features of a (user, candidate) pair.
-        tasks: names of the binary labels.
+        tasks: names of the binary labels; None: "click".
         max_sequence_length: events of a history that are kept, the last ones.
+        num_recent: events before a user's first candidate that are the real-time part of the history, as in training;
+            a batch that brings its own `num_recent` overrides it. None: all events. What the real-time part is for says
+            the model: MTGR normalises and masks it in another way, the others treat all events alike.
         hidden_dropout: dropout of the tokens and of each block.
         initializer: how new rows are drawn, see `grzoo.embeddings.TableConfig`.
         unknown_ids: row of an id that a table does not hold, when reading: "zeros" or "initial".
@@ -39,6 +42,7 @@ class RankingConfig(PreTrainedConfig):
     cross_features: list[str] | None = None
     tasks: list[str] | None = None
     max_sequence_length: int = 200
+    num_recent: int | None = None
     hidden_dropout: float | int = 0.0
     initializer: dict[str, Any] | None = None
     unknown_ids: Literal["zeros", "initial"] = "zeros"
@@ -51,7 +55,7 @@ class RankingConfig(PreTrainedConfig):
         self.event_features = list(self.event_features or [])
         self.item_features = dict(self.item_features or {})
         self.cross_features = list(self.cross_features or [])
-        self.tasks = list(self.tasks or ["click"])
+        self.tasks = ["click"] if self.tasks is None else list(self.tasks)
         if self.initializer is None:
             self.initializer = {"kind": "truncated_normal", "std": 0.02}
         super().__post_init__(**kwargs)
@@ -64,6 +68,10 @@ class RankingConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: {field} must be positive; got {getattr(self, field)}.")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"{name}: hidden_dropout must lie in [0, 1); got {self.hidden_dropout}.")
+        if not self.tasks:
+            raise ValueError(f'{name}: tasks is {self.tasks}; name at least one, or leave it out for ["click"].')
+        if self.num_recent is not None and self.num_recent < 0:
+            raise ValueError(f"{name}: num_recent must be at least 0, or None for all events; got {self.num_recent}.")
         for field in ("user_features", "event_features", "cross_features", "tasks"):
             names = getattr(self, field)
             if len(set(names)) != len(names):

@@ -38,19 +38,25 @@ def multi_task_loss(
             those of this call.
 
     Raises:
-        ValueError: for another number of denominators than tasks.
+        ValueError: for another number of denominators than tasks, and for one below 1.
     """
     tasks = logits.shape[1]
     mask = torch.ones_like(logits, dtype=torch.bool) if label_mask is None else label_mask.bool()
     if num_items_in_batch is None:
         counts = mask.sum(0).clamp(min=1)
     else:
-        counts = torch.as_tensor(num_items_in_batch, device=logits.device).reshape(-1)
+        counts = torch.as_tensor(num_items_in_batch).reshape(-1)
         if counts.numel() != tasks:
             raise ValueError(
                 f"num_items_in_batch holds {counts.numel()} denominators, the model has {tasks} tasks: give one per "
                 "task."
             )
+        if not bool((counts >= 1).all()):
+            raise ValueError(
+                f"num_items_in_batch is {counts.tolist()}: a denominator is at least 1, also for a task without "
+                "a known label in the step."
+            )
+        counts = counts.to(logits.device)
     losses = F.binary_cross_entropy_with_logits(
         logits, labels.to(logits.dtype).masked_fill(~mask, 0.0), reduction="none"
     )

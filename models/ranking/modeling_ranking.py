@@ -1,5 +1,6 @@
 """The frame of the ranking models: a batch in, one logit per candidate and task out."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from .batch import RankingBatch
+from .batch import RankingBatch, check_names
 from .configuration_ranking import RankingConfig
 from .features import FeatureTokens
 from .heads import MultiTaskHead, multi_task_loss
@@ -42,6 +43,20 @@ class RankingPreTrainedModel(GenRecPreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
 
+    def enable_input_require_grads(self) -> None:
+        """Have the feature tokens require gradients: what a frozen model's layers read, for adapters and reentrant
+        checkpoints. There is no module of input embeddings to hook.
+        """
+
+        def require(module: nn.Module, inputs: tuple[Any, ...], tokens: tuple[Tensor, ...]) -> None:
+            for token in tokens:
+                token.requires_grad_(True)
+
+        self.disable_input_require_grads()
+        features = self.base_model.features
+        assert isinstance(features, FeatureTokens)
+        self._require_grads_hooks = [features.register_forward_hook(require)]
+
     def embedding_ids(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return self._ids(RankingBatch.from_fields(batch, self.config))
 
@@ -68,7 +83,6 @@ class RankingBackbone(RankingPreTrainedModel):
             backend=embedding_backend,
         )
         self.features = FeatureTokens(config)
-        self.gradient_checkpointing = False
 
     @property
     def output_size(self) -> int:
@@ -127,7 +141,9 @@ class GenRecForRanking(RankingPreTrainedModel):
             attention_mask, candidate_mask: [B, L] and [B, K], non-zero at events and candidates; for padded input.
             cu_seq_lens_q, cu_seq_lens_candidates: int32 [B + 1].
             num_recent: int64 [B], how many of a history's last events are its real-time part: a token sees them only
-                if it is later. All earlier events are seen by every candidate, so they must precede them. None: all.
+                if it is later. All earlier events are seen by every candidate, so they must precede them. None: the
+                config's number before the user's first candidate and all events after that; all, if the config says
+                nothing.
             user_features: int64 [B, P] ids, in the order of the config's names, as the following.
             event_features: int64 [..., E] ids, beside `input_ids`.
             item_features, candidate_features: int64 [..., M] bits, beside `input_ids` and `candidate_ids`.
@@ -141,8 +157,10 @@ class GenRecForRanking(RankingPreTrainedModel):
 
         Raises:
             ValueError: for a history longer than `max_sequence_length`, missing features, times that are missing,
-            negative or unsorted, dense features that are not finite, shapes that disagree.
+            negative or unsorted, long-term events that are not before the candidates, dense features that are not
+            finite, known labels outside [0, 1], a denominator below 1, shapes and dtypes that disagree.
         """
+        _warn_of_unrecorded(self.config, kwargs)
         given = dict(
             input_ids=input_ids,
             candidate_ids=candidate_ids,
@@ -192,9 +210,14 @@ class GenRecForRanking(RankingPreTrainedModel):
     def score(self, input_ids: Tensor, candidate_ids: Tensor, **fields: Any) -> Tensor:
         """Probability of each task for each candidate: float32 [1, C, tasks] or [B, K, tasks]; zero at padding.
 
-        Arguments as in `forward`. Histories are cut to their last `max_sequence_length` events. Nothing is inserted,
-        nothing dropped out, whatever the mode. Collective when the tables are sharded.
+        Arguments as the fields of a batch in `forward`; labels and keys are not looked at. Histories are cut to their
+        last `max_sequence_length` events. Nothing is inserted, nothing dropped out, whatever the mode. Collective when
+        the tables are sharded.
+
+        Raises:
+            ValueError: as `forward`, and for an argument that no batch has.
         """
+        check_names(fields)
         given = {**fields, "input_ids": input_ids, "candidate_ids": candidate_ids}
         batch = RankingBatch.from_fields(given, self.config)
         batch = batch.keep_last(self.config.max_sequence_length).without_keys()
@@ -202,6 +225,12 @@ class GenRecForRanking(RankingPreTrainedModel):
             embeddings = self.embeddings(self._ids(batch), insert=False)
             probabilities = self.head(self.model(batch, embeddings)).sigmoid()
         return _unpack(probabilities, _places(candidate_ids, fields.get("candidate_mask"), given))
+
+
+def _warn_of_unrecorded(config: RankingConfig, asked: Mapping[str, Any]) -> None:
+    for name in ("output_hidden_states", "output_attentions"):
+        if asked.get(name, getattr(config, name, False)):
+            warnings.warn(f"{name} has no effect: ranking models return loss and logits only.", stacklevel=3)
 
 
 def _places(candidate_ids: Tensor, candidate_mask: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:

@@ -33,7 +33,7 @@ from grzoo.recipes.runtime import Runtime
 
 from .reporting import print_headline, write_rows
 
-BATCH, WIDTH, LENGTH, PATIENCE = 32, 32, 100, 2
+BATCH, WIDTH, LENGTH, RECENT, PATIENCE = 32, 32, 100, 20, 2
 LEARNING_RATES, DROPOUTS, TUNING_SEED = (3e-3, 1e-2), (0.1, 0.4), 100
 TUNED_AS = {"dlrm": "dlrm", "dlrm_hstu": "dlrm_hstu"}  # every other variant: as mtgr
 _Maker = Callable[..., RankingConfig]
@@ -78,7 +78,7 @@ def features_of(schema: DatasetSchema) -> dict[str, Any]:
 def train(folder: Path, run: Run) -> dict[str, Any]:
     """Test metrics of the epoch that is best on the validation part."""
     make, changed = variants()[run.variant]
-    common = {"hidden_size": WIDTH, "embedding_dim": 16, "max_sequence_length": LENGTH}
+    common = {"hidden_size": WIDTH, "embedding_dim": 16, "max_sequence_length": LENGTH, "num_recent": RECENT}
     keyed = {"hidden_dropout": run.dropout, "embedding_seed": run.seed}
     config = make(**{**features_of(DatasetSchema.load(folder)), **common, **keyed, **changed})
     torch.manual_seed(run.seed)

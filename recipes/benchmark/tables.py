@@ -23,6 +23,7 @@ Row = dict[str, str]
 Block = Callable[[], str]
 
 _SAME_RUN = ("model", "dataset", "protocol", "exclude_seen", "loss", "epochs", "recipe", "changes")
+_SEEN = {"true": "left out", "false": "kept in", "": "not known"}
 _STAGES = {"untuned": "no", "final": "yes"}
 _MODELS = {"hstu": "HSTU", "sasrec": "SASRec", "mtgr": "MTGR", "dlrm": "DLRM-style MLP", "dlrm_hstu": "DLRM-HSTU"}
 _DATASETS = {
@@ -159,7 +160,7 @@ def _best_published(row: Row) -> str:
 
 
 def retrieval_details(model: str) -> str:
-    """All runs of a model, and the published rows of it."""
+    """All runs of a model, and the published rows of it and of models that the zoo does not have."""
     rows = [row for row in read("retrieval") if row["model"] == model]
     metrics = ("hr@10", "ndcg@10", "mrr", "hr@50", "hr@200", "ndcg@200")
     names = [name.replace("hr", "HR").replace("ndcg", "NDCG").replace("mrr", "MRR") for name in metrics]
@@ -174,18 +175,17 @@ def retrieval_details(model: str) -> str:
                 _DATASETS[first["dataset"]],
                 first["loss"],
                 first["epochs"] + _best_epochs(group),
-                "left out" if first["exclude_seen"] == "true" else "kept in",
+                _SEEN[first["exclude_seen"]],
                 ", ".join(sorted(row["seed"] for row in group)),
                 *(spread(group, name) for name in metrics),
                 f"{mean(times):.0f}" if times else "",
                 f"`{first['recipe']}`{changed}",
             ]
         )
-    for row in (row for row in read("published") if row["model"] == model):
-        seen = "left out" if row["exclude_seen"] == "true" else "kept in"
+    for row in (row for row in read("published") if row["model"] == model or row["model"] not in _MODELS):
         source = f"published: {row['source']}" + (f", {row['remark']}" if row["remark"] else "")
         shown = [row[name] if name in row else "" for name in metrics]
-        lines.append([_DATASETS[row["dataset"]], row["loss"], "", seen, "", *shown, "", source])
+        lines.append([_DATASETS[row["dataset"]], row["loss"], "", _SEEN[row["exclude_seen"]], "", *shown, "", source])
     return _table(header, lines)
 
 
@@ -216,15 +216,18 @@ def ranking_details() -> str:
     """All variants, with what was chosen for them."""
     metrics = ("auc", "gauc", "logloss", "ne", "love_auc", "love_gauc")
     names = ("AUC", "GAUC", "log loss", "NE", "love: AUC", "love: GAUC")
-    chosen = ("tuned", "learning rate", "dropout", "best epochs", "dense parameters")
+    chosen = ("tuned", "learning rate", "dropout", "best epochs", "dense parameters", "minutes")
     lines = []
     for group in _ranking_runs():
         first = group[0]
         best = ", ".join(row["best_epoch"] for row in group)
-        sizes = [first["learning_rate"], first["dropout"], best, f"{int(first['dense_parameters']):,}"]
+        seeds = ", ".join(sorted(row["seed"] for row in group))
+        minutes = mean(float(row["seconds"] or row["cpu_seconds"]) for row in group) / 60
+        size = f"{int(first['dense_parameters']):,}"
+        sizes = [first["learning_rate"], first["dropout"], best, size, f"{minutes:.1f}"]
         shown = [spread(group, name) for name in metrics]
         tuned = _STAGES[first["stage"]]
-        lines.append([_DATASETS[first["dataset"]], first["variant"], str(len(group)), *shown, tuned, *sizes])
+        lines.append([_DATASETS[first["dataset"]], first["variant"], seeds, *shown, tuned, *sizes])
     return _table(("data set", "variant", "seeds", *names, *chosen), lines)
 
 

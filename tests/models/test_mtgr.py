@@ -73,7 +73,7 @@ def paper_logits(model, batch, user):
 
         q, key, v, u = linear(name + "qkvu_proj", norm("input_norm", x)).chunk(4, -1)
         q, key, v = (t.view(n, heads, -1).transpose(0, 1) for t in (q, key, v))
-        a = F.silu(q @ key.mT) / (n - k + 1) * mask
+        a = F.silu(q @ key.mT) * mask / mask.sum(1, keepdim=True)
         out = (a @ v).transpose(0, 1).reshape(n, d)
         x = linear(name + "o_proj", norm("output_norm", out * u)) + x
     return torch.cat([mlp(f"head.towers.{t}", x[n - k :]) for t in range(len(config.tasks))], -1)
@@ -150,6 +150,27 @@ def test_no_candidate_sees_its_future(dynamic, mtgr, ranking):
             assert torch.equal(reached, batch["timestamps"][0] < time)
         seen_any |= bool(reached[-4:].any())
     assert seen_any
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dynamic_mask": False}, {"use_group_norm": False}])
+def test_what_happens_later_changes_no_score(fields, mtgr, ranking):
+    """A score is that of a pass whose history ends before the candidates, for any number of later events."""
+    model = mtgr(**fields)
+    batch, later = ranking.make_ranking_batch([12, 0, 3], [4, 2, 3]), 17
+    batch["candidate_timestamps"].clamp_(max=29)
+    ranking.ranking_step(model, [batch])
+    model.eval()
+    model.config.max_sequence_length = 12 + later
+    longer, ends = dict(batch), batch["cu_seq_lens_q"].tolist()
+    for name in ("input_ids", "timestamps", "event_features", "item_features", "token_keys"):
+        parts = []
+        for a, b in zip(ends, ends[1:], strict=False):
+            extra = torch.full_like(batch[name][:, :1], 1).repeat_interleave(later, 1)
+            parts += [batch[name][:, a:b], extra + 28 if name == "timestamps" else extra]
+        longer[name] = torch.cat(parts, 1)
+    longer["cu_seq_lens_q"] = batch["cu_seq_lens_q"] + later * torch.arange(4).int()
+    longer["num_recent"] = batch["num_recent"] + later
+    torch.testing.assert_close(model(**longer).logits, model(**batch).logits, atol=1e-6, rtol=1e-5)
 
 
 def test_published_flops():

@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from grzoo.data import EventDataset
 from grzoo.models import AutoModelForRanking
 from grzoo.recipes.evaluate import main as evaluate
+from grzoo.recipes.ranking import ranking_collator
 from grzoo.recipes.runtime import Runtime, UserError
 from grzoo.recipes.train import main as train
 
@@ -44,10 +47,14 @@ def test_one_command_trains_evaluates_and_exports(folder, monkeypatch, capsys):
     }
     assert "AutoModelForRanking" in (folder / "out/export/README.md").read_text()
     assert AutoModelForRanking.from_pretrained("out/export").config.tasks == ["like", "love"]
-    options = "--dataset_dir data --use_cpu --output_file metrics.json --max_candidates 10 --num_recent 5".split()
+    options = "--dataset_dir data --use_cpu --output_file metrics.json --max_candidates 10".split()
     run_here(evaluate, "--model", "out/export", *options)
     found = json.loads((folder / "metrics.json").read_text())["eval"]
     assert set(found) == {f"{t}{m}" for t in ("", "love/") for m in ("auc", "gauc", "logloss", "ne")}
+    config = AutoModelForRanking.from_pretrained("out/export").config
+    assert config.num_recent == 5
+    tested = {name: value for line in lines for name, value in line.items()}  # the last evaluation is the export's
+    assert found == pytest.approx({name: tested[f"eval/{name}"] for name in found}, abs=1e-5)
     with pytest.raises(UserError, match=r"model.cross_features names \['clicks'\]"):
         run_here(train, *MICRO, "--output_dir", "x", "--model.cross_features", "[clicks]")
 
@@ -86,3 +93,29 @@ def test_shipped_configurations_train(name, folder, monkeypatch):
     last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < last["test/auc"] < 1 and 0 < last["test/love/ne"] and last["best/step"] == 2
     assert AutoModelForRanking.from_pretrained(f"{name}/export").config.model_type == name.rpartition("_")[0]
+
+
+def test_an_export_is_scored_as_it_was_evaluated(folder, monkeypatch):
+    """Serving knows no `num_recent` but that of the export; one without it says so and needs --num_recent."""
+    monkeypatch.chdir(folder)
+    run_here(train, *MICRO, "--output_dir", "served", "--max_steps", 4, "--learning_rate", 0.1)
+    model = AutoModelForRanking.from_pretrained("served/export")
+    collator = ranking_collator(EventDataset.from_folder(folder / "data", "test"), model.config, max_candidates=1)
+    checked = 0
+    for sample in range(len(collator.windows)):
+        batch = collator([sample])
+        # What happens in the candidate's second has no order outside the log.
+        if not (batch["timestamps"] == batch["candidate_timestamps"]).any() and len(batch["timestamps"][0]) > 5:
+            served = {name: value for name, value in batch.items() if name != "num_recent"}
+            assert torch.equal(model.score(**served), model.score(**batch))
+            checked += not torch.equal(
+                model.score(**served), model.score(**{**batch, "num_recent": torch.tensor([30])})
+            )
+    assert checked
+    config = json.loads((folder / "served/export/config.json").read_text())
+    del config["num_recent"]
+    (folder / "served/export/config.json").write_text(json.dumps(config))
+    options = "--model served/export --dataset_dir data --use_cpu --max_candidates 10".split()
+    with pytest.raises(UserError, match="mtgr model has no num_recent.*--num_recent"):
+        run_here(evaluate, *options)
+    run_here(evaluate, *options, "--num_recent", 5)
