@@ -44,9 +44,9 @@ def hstu_attention_triton(
             f"A sequence has {layout.max_length} tokens, but max_length is {max_length}: "
             "truncate it or raise max_length."
         )
+    times = (None, None) if time_table is None else _relative_times(layout)
     check_attention_shapes(query, key, value, layout.num_tokens)
     check_shape("position_table", position_table, (2 * max_length - 1,))
-    times = (None, None) if time_table is None else _relative_times(layout)
     tile = launch_for(query, value).tile
     rows, columns = (row_tiles(layout, tile, by_rows=by_rows) for by_rows in (True, False))
     diagonals = diagonal_tiles(layout, tile) if torch.is_grad_enabled() else DiagonalTiles(*[value.new_empty(0)] * 4)
