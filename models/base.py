@@ -2,10 +2,10 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -47,6 +47,25 @@ class GenRecPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     base_model_prefix = "model"
     embedding_collection: DynamicEmbeddingCollection
+    attention_functions: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}  # by `attn_implementation`
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        name = attn_implementation or "auto"
+        if name not in self.attention_functions:
+            raise ValueError(
+                f"attn_implementation={name!r} is not available for {type(self).__name__}; "
+                f"choose from {list(self.attention_functions)}."
+            )
+        return name
+
+    def new_embeddings(self, backend: str) -> DynamicEmbeddingCollection:
+        """The tables that the config describes, without rows, for a backbone to keep as `embedding_collection`."""
+        return DynamicEmbeddingCollection(
+            self.config.embedding_tables(),
+            self.config.embedding_features(),
+            seed=self.config.embedding_seed,
+            backend=backend,
+        )
 
     @property
     def embeddings(self) -> DynamicEmbeddingCollection:
@@ -69,14 +88,18 @@ class GenRecPreTrainedModel(PreTrainedModel):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients, whatever the mode is outside: no dropout, no row inserted."""
-        was_training = self.training
+        """Evaluation mode without gradients, whatever the mode is outside: no dropout, no row inserted.
+
+        Afterwards every module has the mode that it had before, also one that was frozen by its own `eval()`.
+        """
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.train(was_training)
+            for module, training in modes:
+                module.training = training
 
     def save_pretrained(  # type: ignore[override]  # the rest of the arguments is passed on
         self,

@@ -12,7 +12,8 @@ class GenRecModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: [1, T, D] for packed input, [B, L, D] for padded input (zero at padding).
-        hidden_states: with `output_hidden_states=True`, one tensor [T, D] per layer input and the last output, packed.
+        hidden_states: with `output_hidden_states=True`, the input of each layer, packed, [T, D], and at the end
+            `last_hidden_state` in its own shape.
     """
 
     last_hidden_state: Tensor | None = None

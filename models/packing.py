@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Fields of a micro-batch that hold one entry per token: [1, T, ...] packed, [B, L, ...] padded.
+# Fields of a micro-batch that hold one entry per token: [1, T] packed, [B, L] padded.
 TOKEN_FIELDS = (
     "input_ids",
     "position_ids",
@@ -34,6 +34,9 @@ class JaggedLayout:
         timestamps: int64 [T] seconds, time of each event, or None.
         target_timestamps: int64 [T] seconds, time of the event to be predicted at each token, or None.
         cache: what an op derives from the layout and wants to share between the layers of one forward pass.
+
+    Raises:
+        ValueError: for times that are not one number per token.
     """
 
     cu_seq_lens: Tensor
@@ -41,6 +44,15 @@ class JaggedLayout:
     timestamps: Tensor | None = None
     target_timestamps: Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("timestamps", "target_timestamps"):
+            times = getattr(self, name)
+            if times is not None and times.shape != (self.num_tokens,):
+                raise ValueError(
+                    f"{name} has shape {tuple(times.shape)}, but there are {self.num_tokens} tokens: give one time per "
+                    "token."
+                )
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +69,10 @@ class JaggedLayout:
         Raises:
             ValueError: when it does not rise from 0 to `num_tokens`.
         """
+        if cu_seq_lens.dim() != 1 or not _is_integer(cu_seq_lens):
+            raise ValueError(
+                f"cu_seq_lens_q must be integers [B + 1]; got {cu_seq_lens.dtype} of shape {tuple(cu_seq_lens.shape)}."
+            )
         starts = cu_seq_lens.tolist()
         lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
         if not starts or starts[0] != 0 or starts[-1] != num_tokens or any(length < 0 for length in lengths):
@@ -72,12 +88,12 @@ def is_padded(batch: Mapping[str, Any]) -> bool:
 
 
 def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a padded micro-batch into a packed one; a packed one is returned as it is.
+    """Turn a padded micro-batch into a packed one; a packed one is checked and returned as it is.
 
     Args:
         batch: `input_ids` int64 [B, L] and `attention_mask` [B, L] (non-zero = token; without it all are tokens;
             left, right and scattered padding are alike), and any of `TOKEN_FIELDS` [B, L], `negative_ids` [B, L, N]
-            or [N].
+            or [N]. Packed: `cu_seq_lens_q` [B + 1], and [1, T] for [B, L].
 
     Returns:
         `input_ids` int64 [1, T], `position_ids` (from 0 in each sequence unless given), `cu_seq_lens_q` int32 [B + 1],
@@ -97,6 +113,13 @@ def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 "A batch is packed (cu_seq_lens_q) or padded (attention_mask), not both: give one of them."
             )
+        shape = batch["input_ids"].shape
+        if len(shape) != 2 or shape[0] != 1:
+            raise ValueError(
+                f"Packed input_ids must have shape [1, T]; got {tuple(shape)}: put the sequences one behind the other, "
+                "or leave cu_seq_lens_q out and give [B, L] with an attention_mask."
+            )
+        _check_shapes(batch)
         return batch
     input_ids = batch["input_ids"]
     if input_ids.dim() != 2:
@@ -105,8 +128,9 @@ def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}.")
-    names = [*TOKEN_FIELDS, "negative_ids"] if batch.get("negative_ids", input_ids).dim() == 3 else TOKEN_FIELDS
-    packed = {name: _pack(name, value, mask) if name in names else value for name, value in batch.items()}
+    _check_shapes(batch)
+    names = _token_fields(batch)
+    packed = {name: value[mask].unsqueeze(0) if name in names else value for name, value in batch.items()}
     lengths = mask.sum(1)
     packed["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     packed["max_length_q"] = int(lengths.max()) if lengths.numel() else 0
@@ -144,6 +168,8 @@ def next_timestamps(layout: JaggedLayout, timestamps: Tensor, request_timestamps
             f"request_timestamps must hold one time per user, [{len(layout.lengths)}]; "
             f"got shape {tuple(request_timestamps.shape)}."
         )
+    if request_timestamps is not None:
+        _check_seconds("request_timestamps", request_timestamps)
     following = torch.cat([timestamps[1:], timestamps[-1:]])
     not_empty = layout.cu_seq_lens.diff() > 0
     last = layout.cu_seq_lens[1:][not_empty] - 1
@@ -151,18 +177,37 @@ def next_timestamps(layout: JaggedLayout, timestamps: Tensor, request_timestamps
     return following.index_copy(0, last, at_end)
 
 
-def check_times(layout: JaggedLayout, timestamps: Tensor) -> None:
-    """Raise ValueError for int64 [T] timestamps that are negative, or fall within a sequence."""
-    if bool((timestamps < 0).any()):
-        raise ValueError(f"timestamp {int(timestamps.min())} is negative; timestamps are seconds since 1970.")
+def check_times(layout: JaggedLayout, timestamps: Tensor, target_timestamps: Tensor | None = None) -> None:
+    """Raise ValueError for times that are no whole seconds, negative, or fall within a sequence.
+
+    Args:
+        timestamps: int64 [T] seconds.
+        target_timestamps: int64 [T] seconds, time of the event after each one, or None: must not precede it.
+    """
+    _check_seconds("timestamps", timestamps)
     falls = timestamps.diff() < 0
     starts = layout.cu_seq_lens[1:-1]
     inner = starts[(starts > 0) & (starts < layout.num_tokens)]
     falls[inner - 1] = False  # from one history to the next
-    if bool(falls.any()):
+    problems = [(timestamps < 0).any(), falls.any()]
+    if target_timestamps is not None:
+        _check_seconds("target_timestamps", target_timestamps)
+        problems.append((target_timestamps < timestamps).any())
+    if not bool(torch.stack(problems).any()):  # one wait for the device
+        return
+    if bool(problems[0]):
+        raise ValueError(f"timestamp {int(timestamps.min())} is negative; timestamps are seconds since 1970.")
+    if bool(problems[1]):
         raise ValueError(
             f"timestamps fall after event {int(falls.nonzero()[0])} of the batch: sort each history by time."
         )
+    assert target_timestamps is not None
+    at = int((target_timestamps < timestamps).nonzero()[0])
+    raise ValueError(
+        f"the time after event {at} of the batch is {int(target_timestamps[at])}, before the event itself at "
+        f"{int(timestamps[at])}: target_timestamps are those of the next events, and at the end of a history "
+        "request_timestamps when the user asks; neither precedes the event."
+    )
 
 
 def dropout_keys(batch: Mapping[str, Any]) -> Tensor:
@@ -175,7 +220,11 @@ def dropout_keys(batch: Mapping[str, Any]) -> Tensor:
 
 
 def keep_last(batch: Mapping[str, Any], max_length: int) -> dict[str, Any]:
-    """Truncate each sequence of a packed batch to its last `max_length` events; positions restart at 0."""
+    """Truncate each sequence of a packed batch to its last `max_length` events.
+
+    `position_ids`, where there are any, go down by the number of events that were cut off: those of the collator
+    restart at 0.
+    """
     starts = batch["cu_seq_lens_q"].long()
     lengths = starts.diff()
     if not lengths.numel() or int(lengths.max()) <= max_length:
@@ -183,21 +232,39 @@ def keep_last(batch: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     num_tokens = int(batch["input_ids"].shape[1])
     remaining = torch.repeat_interleave(starts[1:], lengths, output_size=num_tokens)
     keep = remaining - torch.arange(num_tokens, device=starts.device) <= max_length
-    kept = {
-        name: value[:, keep] if name in TOKEN_FIELDS or (name == "negative_ids" and value.dim() == 3) else value
-        for name, value in batch.items()
-        if name != "position_ids"
-    }
+    names = _token_fields(batch)
+    kept = {name: value[:, keep] if name in names else value for name, value in batch.items()}
+    if "position_ids" in kept:
+        cut = torch.repeat_interleave((lengths - max_length).clamp(min=0), lengths, output_size=num_tokens)
+        kept["position_ids"] = kept["position_ids"] - cut[keep]
     lengths = lengths.clamp(max=max_length)
     kept["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     kept["max_length_q"] = max_length
     return kept
 
 
-def _pack(name: str, value: Tensor, mask: Tensor) -> Tensor:
-    if value.shape[:2] != mask.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, but input_ids {tuple(mask.shape)}: they must agree.")
-    return value[mask].unsqueeze(0)
+def _token_fields(batch: Mapping[str, Any]) -> list[str]:
+    """The names of the fields that a batch has for each token."""
+    names = [name for name in TOKEN_FIELDS if name in batch]
+    return [*names, "negative_ids"] if "negative_ids" in batch and batch["negative_ids"].dim() == 3 else names
+
+
+def _check_shapes(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every field of the tokens has the shape of `input_ids`, negatives one size more."""
+    wanted = batch["input_ids"].shape
+    for name in _token_fields(batch):
+        shape = batch[name].shape
+        if (shape[:2] if name == "negative_ids" else shape) != wanted:
+            raise ValueError(f"{name} has shape {tuple(shape)}, but input_ids {tuple(wanted)}: they must agree.")
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _check_seconds(name: str, times: Tensor) -> None:
+    if not _is_integer(times):
+        raise ValueError(f"{name} must be whole seconds, int64; got {times.dtype}: fill in NaN and round before.")
 
 
 def _shorten(numbers: list[int]) -> str:

@@ -1,6 +1,6 @@
 """Exact top-k and ranks over a catalogue whose items are spread over ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -31,17 +31,19 @@ class ShardedCatalogue:
 
     Args:
         model: with `item_embeddings` (called once, with this rank's candidates).
-        candidate_ids: int64 [n], the same on every rank, duplicates dropped; None: all rows of the item table.
+        candidate_ids: int64 [n] or a sequence of integers, the same on every rank, duplicates dropped; None: all rows
+            of the item table.
         process_group: ranks that share the work; needs all rows to be reachable from every rank.
 
     Raises:
-        ValueError: for ids that are not integers.
+        ValueError: for ids that are not integers, and on every rank for an item whose vector is not finite: its rank
+            would mean nothing.
     """
 
     def __init__(
         self,
         model: RetrievalModel,
-        candidate_ids: Tensor | None = None,
+        candidate_ids: Tensor | Sequence[int] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.process_group = process_group
@@ -49,12 +51,16 @@ class ShardedCatalogue:
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         if candidate_ids is None:
             candidate_ids = model.embeddings.ids(model.embeddings.features["candidate_ids"].table)
+        elif not isinstance(candidate_ids, Tensor):
+            dtype = None if len(candidate_ids) else torch.int64
+            candidate_ids = torch.as_tensor(candidate_ids, dtype=dtype)
         if candidate_ids.is_floating_point() or candidate_ids.dtype == torch.bool:
             raise ValueError(f"candidate ids must be integers; got {candidate_ids.dtype}.")
         ids = candidate_ids.flatten().long().unique()
         ids = ids[owner(ids, self.world_size) == self.rank]
         self.vectors = model.item_embeddings(ids)
         self.ids = ids.to(self.vectors.device)
+        self._check(_vector_problem(self.ids, self.vectors))
         count = torch.tensor([ids.numel()], device=self.vectors.device)
         counts = [int(c) for c in self._all_gather(count)]
         self.num_candidates, self._largest = sum(counts), max(counts)
@@ -176,6 +182,17 @@ class ShardedCatalogue:
         ranks = [rank for rank, flag in enumerate(self._all_gather(bad)) if int(flag)]
         if ranks:
             raise ValueError(problem or f"Rank {ranks[0]} asked for something impossible; see its message.")
+
+
+def _vector_problem(ids: Tensor, vectors: Tensor) -> str | None:
+    low, high = vectors.aminmax(dim=1)  # both are NaN where a number of the row is
+    broken = ids[~(low.isfinite() & high.isfinite())]
+    if not len(broken):
+        return None
+    return (
+        f"The vectors of {len(broken)} items are not finite, the first is that of item {int(broken[0])}: the model has "
+        "diverged, or such rows were imported. Load an earlier checkpoint, or erase these rows."
+    )
 
 
 def _input_problem(queries: Tensor, exclude: Exclude | None) -> str | None:

@@ -1,6 +1,6 @@
 """What all models for retrieval share: the loss of a micro-batch, queries of users, recommendations."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
         trained = self._trained(batch) if "labels" in batch and "negative_ids" in batch else None
         if embeddings is None:
             embeddings = self.embeddings(self.embedding_ids(batch))
-        output = self.model(**{name: batch.get(name) for name in _MODEL_FIELDS}, embeddings=embeddings, **kwargs)
+        inputs = {name: batch.get(name) for name in _MODEL_FIELDS}
+        output = self.model(**inputs, embeddings=embeddings, return_dict=True, **kwargs)
         hidden = output.last_hidden_state
         loss = None
         if trained is not None:
@@ -124,6 +125,11 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
                 raise ValueError(
                     "Shared negatives need label_log_q [1, T] and negative_log_q [N]: let the collator draw them."
                 )
+            if batch["negative_log_q"].shape != negatives.shape:
+                raise ValueError(
+                    f"negative_log_q has shape {tuple(batch['negative_log_q'].shape)}, but negative_ids "
+                    f"{tuple(negatives.shape)}: they must agree."
+                )
             label_log_q = batch["label_log_q"].flatten()
             log_q["positive_log_q"] = label_log_q if places is None else label_log_q[places]
             log_q["negative_log_q"] = batch["negative_log_q"]
@@ -135,7 +141,16 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
         else:
             accidental = negatives == labels.unsqueeze(1)
             total = self.sampled_loss(query, rows, positive_index, negative_index, accidental, **log_q)
-        return total / (max(1, labels.numel()) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return total / max(1, labels.numel())
+        # On a GPU it would have to be waited for.
+        on_device = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.device.type != "cpu"
+        if not on_device and not num_items_in_batch >= 1:
+            raise ValueError(
+                f"num_items_in_batch must be at least 1, got {num_items_in_batch}: it is what the sum of the loss is "
+                "divided by, the trained tokens of the whole step; give 1 for a step without any."
+            )
+        return total / num_items_in_batch
 
     def sampled_loss(
         self,
@@ -163,10 +178,14 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
         place = torch.full((len(rows),), -1, device=item_index.device)
         place[item_index] = torch.arange(len(item_index), device=item_index.device)
         target = place[positive_index]
-        if bool((target < 0).any()):
+        twice = (place >= 0).sum() < len(item_index)
+        if bool(twice | (target < 0).any()):
             raise ValueError(
-                "A label is not among negative_ids, which for negative_sampling='all' must be the whole catalogue: let "
-                "the collator give them, or prepare the data again."
+                "negative_ids hold an item twice, which would count twice in the softmax: give each item of the "
+                "catalogue once."
+                if bool(twice)
+                else "A label is not among negative_ids, which for negative_sampling='all' must be the whole "
+                "catalogue: let the collator give them, or prepare the data again."
             )
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         items = self.score_vectors(F.embedding(item_index, rows.to(wide)))
@@ -186,20 +205,23 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         timestamps: Tensor | None = None,
         target_timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
         embeddings: Embeddings | None = None,
-        **kwargs: Any,
+        **others: Any,
     ) -> Tensor:
         """Query vectors of users: the output at the last event of each history.
 
         Arguments as in the backbone's `forward`, and:
             request_timestamps: int64 [B] seconds, when each user asks. None: `target_timestamps` if given, else the
-                time of the last event.
+                time of the last event. Not before the last event.
+            others: further fields of a collator's micro-batch, such as labels; they are not looked at.
 
-        Without `embeddings`, histories are cut to their last `max_sequence_length` events. Nothing is inserted, nothing
+        Without `embeddings`, histories are cut to their last `max_sequence_length` events, and their `position_ids` go
+        down by as many as were cut off. Nothing is inserted, nothing
         dropped out, whatever the mode; ids without a row get what `unknown_items` says. Collective when the tables
         are sharded.
 
@@ -207,12 +229,14 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
             float32 [B, D].
 
         Raises:
-            ValueError: for an empty history, and as the backbone's `forward`.
+            ValueError: for an empty history, for a field that no micro-batch has, and as the backbone's `forward`.
         """
+        _check_names("encode", others)
         batch = pack_batch(
             dict(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
+                position_ids=position_ids,
                 cu_seq_lens_q=cu_seq_lens_q,
                 timestamps=timestamps,
                 target_timestamps=target_timestamps,
@@ -234,9 +258,8 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
         with self.inference():
             if embeddings is None:
                 embeddings = self.embeddings({"input_ids": batch["input_ids"]}, insert=False)
-            hidden = self.model(
-                **{name: batch.get(name) for name in _MODEL_FIELDS}, embeddings=embeddings
-            ).last_hidden_state
+            inputs = {name: batch.get(name) for name in _MODEL_FIELDS}
+            hidden = self.model(**inputs, embeddings=embeddings, return_dict=True).last_hidden_state
             return self.score_vectors(hidden[0].index_select(0, layout.cu_seq_lens[1:] - 1).float())
 
     def item_embeddings(self, ids: Tensor) -> Tensor:
@@ -250,7 +273,7 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
         attention_mask: Tensor | None = None,
         *,
         top_k: int = 10,
-        candidates: Tensor | ShardedCatalogue | None = None,
+        candidates: Tensor | Sequence[int] | ShardedCatalogue | None = None,
         exclude_seen: bool = True,
         **history: Any,
     ) -> RetrievalOutput:
@@ -264,11 +287,10 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
             exclude_seen: leave out the items of the history, all of it.
 
         Raises:
-            ValueError: when there are fewer than `top_k` candidates, for a field of the history that is not known,
-                and as `encode`.
+            ValueError: when there are fewer than `top_k` candidates, for items whose vectors are not finite, and as
+                `encode`.
         """
-        if unknown := sorted(set(history) - _HISTORY_FIELDS):
-            raise ValueError(f"recommend() does not take {unknown}; a history has {sorted(_HISTORY_FIELDS)}.")
+        _check_names("recommend", history)
         if not isinstance(candidates, ShardedCatalogue):
             candidates = ShardedCatalogue(self, candidates, self.embeddings.process_group)
         queries = self.encode(input_ids, attention_mask, **history)
@@ -294,4 +316,26 @@ _HISTORY_FIELDS = {
     "request_timestamps",
     "embeddings",
 }
+# What else the collators put into a micro-batch: allowed, so that one can be passed as it is.
+_OTHER_FIELDS = {
+    "token_keys",
+    "labels",
+    "label_mask",
+    "negative_ids",
+    "label_log_q",
+    "negative_log_q",
+    "user_ids",
+    "seen_item_ids",
+    "cu_seen",
+    "label_index",
+}
 _MODEL_FIELDS = ("input_ids", "position_ids", "cu_seq_lens_q", "timestamps", "target_timestamps", "token_keys")
+
+
+def _check_names(function: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field that no micro-batch has: a misspelt one would be ignored without a word."""
+    if unknown := sorted(set(given) - _HISTORY_FIELDS - _OTHER_FIELDS):
+        raise ValueError(
+            f"{function}() does not take {unknown}; a history has {sorted(_HISTORY_FIELDS)} beside input_ids and "
+            "attention_mask."
+        )

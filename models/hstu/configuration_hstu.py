@@ -3,12 +3,12 @@
 from typing import Any, Literal
 
 import numpy as np
-from grzoo.embeddings import FeatureConfig, TableConfig, policies_by_table
+from grzoo.embeddings import FeatureConfig, TableConfig
+from grzoo.models.item_table import item_features, item_tables
+from grzoo.models.ops.hstu_attention.bias import MAX_BUCKETS
 from huggingface_hub.dataclasses import strict
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
-
-ITEM_TABLE = "items"
 
 
 @strict
@@ -26,7 +26,7 @@ class HSTUConfig(PreTrainedConfig):
             tables. The paper has `max_sequence_length` + 11.
         hidden_dropout: dropout of the input and of each block's output projection (`dropout_rate`).
         use_time_bias: whether attention has a bias by time difference; timestamps are needed then.
-        num_time_buckets: entries of its table.
+        num_time_buckets: entries of its table, at most 160.
         temperature: of the sampled softmax.
         negative_sampling: "uniform": own negatives for each token, from all items; "shared": one set for the whole
             step, drawn from its positives and corrected by the logarithm of their probability; "all": the whole
@@ -99,6 +99,11 @@ class HSTUConfig(PreTrainedConfig):
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"HSTUConfig: {name} must be positive; got {getattr(self, name)}.")
+        if self.num_time_buckets > MAX_BUCKETS:
+            raise ValueError(
+                f"HSTUConfig: num_time_buckets must be at most {MAX_BUCKETS}; got {self.num_time_buckets}. Differences "
+                "of 64-bit times reach 146 buckets: more are never used."
+            )
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"HSTUConfig: hidden_dropout must lie in [0, 1); got {self.hidden_dropout}.")
         if self.max_position_embeddings < self.max_sequence_length:
@@ -110,20 +115,11 @@ class HSTUConfig(PreTrainedConfig):
 
     def embedding_tables(self) -> list[TableConfig]:
         """The dynamic tables of the model."""
-        assert self.item_initializer is not None
-        table = TableConfig(
-            name=ITEM_TABLE,
-            embedding_dim=self.hidden_size,
-            initializer=self.item_initializer,
-            unknown=self.unknown_items,
-            **policies_by_table(self.table_policies, [ITEM_TABLE])[ITEM_TABLE],
-        )
-        return [table]
+        return item_tables(self)
 
     def embedding_features(self) -> list[FeatureConfig]:
         """Which field of a micro-batch looks up which table."""
-        names = ("input_ids", "labels", "negative_ids", "candidate_ids")
-        return [FeatureConfig(name=name, table=ITEM_TABLE) for name in names]
+        return item_features()
 
     def flops(self, lengths: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
         """Floating-point operations of a training forward pass per sample; the cost that balancing evens out.

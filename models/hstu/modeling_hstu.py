@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from grzoo.embeddings import DynamicEmbeddingCollection
-from grzoo.models.attention import by_layer
 from grzoo.models.base import GenRecPreTrainedModel
 from grzoo.models.ops.hstu_attention import HSTU_ATTENTION_FUNCTIONS
 from grzoo.models.ops.keyed_dropout import keyed_dropout
@@ -25,7 +23,6 @@ from grzoo.models.packing import (
 from grzoo.models.retrieval_model import GenRecForRetrieval
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import capture_outputs
@@ -37,8 +34,6 @@ Embeddings = Mapping[str, Tensor]
 
 class HSTULayer(GradientCheckpointingLayer):
     """One block: `U, V, Q, K = split(silu(LN(X) W))`, `Y = Linear(dropout(LN(attention(Q, K, V)) * U)) + X`."""
-
-    attention_functions = HSTU_ATTENTION_FUNCTIONS
 
     def __init__(self, config: HSTUConfig, layer_idx: int) -> None:
         super().__init__()
@@ -56,9 +51,7 @@ class HSTULayer(GradientCheckpointingLayer):
         heads = self.config.num_attention_heads
         normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
         u, v, q, k = F.silu(self.uvqk_proj(normed)).split(self.split_sizes, dim=-1)
-        attend = AttentionInterface().get_interface(self.config._attn_implementation, by_layer("auto"))
-        attended, _ = attend(
-            self,
+        attended = HSTU_ATTENTION_FUNCTIONS[self.config._attn_implementation](
             *(x.unflatten(-1, (heads, -1)) for x in (q, k, v)),
             layout,
             max_length=self.config.max_position_embeddings,
@@ -81,11 +74,7 @@ class HSTUPreTrainedModel(GenRecPreTrainedModel):
     config: HSTUConfig
     _no_split_modules = ["HSTULayer"]
     _can_record_outputs = {"hidden_states": HSTULayer}
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        # "auto" unless one is asked for.
-        name: str = super()._check_and_adjust_attn_implementation(attn_implementation or "auto", *args, **kwargs)
-        return name
+    attention_functions = HSTU_ATTENTION_FUNCTIONS
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,12 +102,7 @@ class HSTUModel(HSTUPreTrainedModel):
 
     def __init__(self, config: HSTUConfig, *, embedding_backend: str = "auto") -> None:
         super().__init__(config)
-        self.embedding_collection = DynamicEmbeddingCollection(
-            config.embedding_tables(),
-            config.embedding_features(),
-            seed=config.embedding_seed,
-            backend=embedding_backend,
-        )
+        self.embedding_collection = self.new_embeddings(embedding_backend)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(HSTULayer(config, index) for index in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
@@ -157,7 +141,7 @@ class HSTUModel(HSTUPreTrainedModel):
 
         Raises:
             ValueError: for a sequence longer than `max_position_embeddings`, for timestamps that are missing,
-            negative or unsorted, for shapes that disagree.
+            negative, unsorted or no whole seconds, for target times before their events, for shapes that disagree.
         """
         names = (
             "input_ids",
@@ -206,11 +190,10 @@ class HSTUModel(HSTUPreTrainedModel):
                     "or train a model with use_time_bias=False on logs without times."
                 )
             layout.timestamps = batch["timestamps"].flatten()
-            check_times(layout, layout.timestamps)
             target = batch.get("target_timestamps")
-            layout.target_timestamps = (
-                next_timestamps(layout, layout.timestamps, None) if target is None else target.flatten()
-            )
+            target = None if target is None else target.flatten()
+            check_times(layout, layout.timestamps, target)
+            layout.target_timestamps = next_timestamps(layout, layout.timestamps, None) if target is None else target
         return layout
 
 

@@ -12,9 +12,17 @@ from .sampled_softmax import (
     sampled_softmax_loss_host,
     sampled_softmax_loss_naive,
 )
+from .silu_attention import (
+    Visibility,
+    silu_attention_auto,
+    silu_attention_eager,
+    silu_attention_host,
+    silu_attention_naive,
+)
 from .softmax_attention import softmax_attention, softmax_attention_grouped, softmax_attention_naive
 
 __all__ = [
+    "Visibility",
     "full_softmax_loss",
     "full_softmax_loss_naive",
     "hstu_attention",
@@ -32,6 +40,10 @@ __all__ = [
     "sampled_softmax_loss",
     "sampled_softmax_loss_host",
     "sampled_softmax_loss_naive",
+    "silu_attention_auto",
+    "silu_attention_eager",
+    "silu_attention_host",
+    "silu_attention_naive",
     "softmax_attention",
     "softmax_attention_grouped",
     "softmax_attention_naive",

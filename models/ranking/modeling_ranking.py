@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from grzoo.embeddings import DynamicEmbeddingCollection
 from grzoo.models.base import GenRecPreTrainedModel
 from grzoo.models.ops.silu_attention import SILU_ATTENTION_FUNCTIONS
 from grzoo.models.outputs import RankingModelOutput
@@ -76,12 +75,7 @@ class RankingBackbone(RankingPreTrainedModel):
 
     def __init__(self, config: RankingConfig, *, embedding_backend: str = "auto") -> None:
         super().__init__(config)
-        self.embedding_collection = DynamicEmbeddingCollection(
-            config.embedding_tables(),
-            config.embedding_features(),
-            seed=config.embedding_seed,
-            backend=embedding_backend,
-        )
+        self.embedding_collection = self.new_embeddings(embedding_backend)
         self.features = FeatureTokens(config)
 
     @property

@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 import numpy as np
 from grzoo.embeddings import FeatureConfig, TableConfig
+from grzoo.models.item_table import item_features, item_tables
 from huggingface_hub.dataclasses import strict
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-ITEM_TABLE = "items"
 _POSITIVE = (
     "hidden_size",
     "num_hidden_layers",
@@ -32,7 +32,7 @@ class SASRecConfig(PreTrainedConfig):
         num_attention_heads: H; D is a multiple of it.
         layer_norm: "original": before attention and feed-forward, queries and residual are normalised, keys and values
             are not (the authors' code); "pre": before, the residual is not normalised; "post": after, as in BERT,
-            and on the input instead of the output.
+            and on the input instead of the output; "post_final": after, and on the output as for "pre".
         hidden_act: of the feed-forward layer, "relu" or "gelu".
         scale_items: multiply item vectors by sqrt(D) at the input.
         max_sequence_length: events of a history that are kept, the last ones; also the number of positions.
@@ -50,6 +50,8 @@ class SASRecConfig(PreTrainedConfig):
         num_negatives: N, per token, per step, or items of the catalogue.
         item_initializer: how new item vectors are drawn, see `grzoo.embeddings.TableConfig`.
         unknown_items: vector of an item that the table does not hold, when reading: "zeros" or "initial".
+        table_policies: admission, eviction, max_rows, track_use and placement of a table, by its name, "items"; see
+            TableConfig.
         embedding_seed: seed of the initial item vectors.
         initializer_range: std of dense weights and positions.
         layer_norm_eps: of all normalisations.
@@ -65,7 +67,7 @@ class SASRecConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     num_hidden_layers: int = 2
     num_attention_heads: int = 1
-    layer_norm: Literal["original", "pre", "post"] = "original"
+    layer_norm: Literal["original", "pre", "post", "post_final"] = "original"
     hidden_act: Literal["relu", "gelu"] = "relu"
     scale_items: bool = True
     max_sequence_length: int = 200
@@ -80,6 +82,7 @@ class SASRecConfig(PreTrainedConfig):
     num_negatives: int = 1
     item_initializer: dict[str, Any] | None = None
     unknown_items: Literal["zeros", "initial"] = "zeros"
+    table_policies: dict[str, dict[str, Any]] | None = None
     embedding_seed: int = 0
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-8
@@ -131,19 +134,11 @@ class SASRecConfig(PreTrainedConfig):
 
     def embedding_tables(self) -> list[TableConfig]:
         """The dynamic tables of the model."""
-        assert self.item_initializer is not None
-        table = TableConfig(
-            name=ITEM_TABLE,
-            embedding_dim=self.hidden_size,
-            initializer=self.item_initializer,
-            unknown=self.unknown_items,
-        )
-        return [table]
+        return item_tables(self)
 
     def embedding_features(self) -> list[FeatureConfig]:
         """Which field of a micro-batch looks up which table."""
-        names = ("input_ids", "labels", "negative_ids", "candidate_ids")
-        return [FeatureConfig(name=name, table=ITEM_TABLE) for name in names]
+        return item_features()
 
     def flops(self, lengths: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
         """Floating-point operations of a training forward pass per sample; the cost that balancing evens out.

@@ -15,8 +15,16 @@ Two naming families are known (`i` is the number of a block):
 
 ENC is `trm_encoder.layer` or `item_encoder.layer`, ATT `multi_head_attention` or `attention`, FFN `feed_forward` or
 `intermediate`. Item 0 of both families is padding. Position tables of the pre-LN family may have a row 0 for padding
-too. The model must be configured alike: layer_norm "original" or "pre" for the first family, "post" with scale_items
-False, the hidden_act and layer_norm_eps of the other code for the second.
+too. The model must be configured alike, which names and shapes cannot tell:
+
+- pre-LN family: layer_norm "original" for the code that normalises the query alone, "pre" for code with
+  norm_first=True, "post_final" for code with norm_first=False;
+- post-LN family: layer_norm "post", scale_items False, position_alignment "start" (positions count from 0), the
+  hidden_act and layer_norm_eps of the other code.
+
+Difference: the code of the pre-LN family pads histories at their start and hides only the future, so that the keys of
+the padding enter each softmax. Here there is no padding. The states are equal for histories that fill the other code's
+window, or where it hides its padding; for shorter ones they differ, the more the shorter the history is.
 """
 
 import re
@@ -94,11 +102,18 @@ def load_public_weights(
             other code beyond these (a mask token) are left out.
 
     Raises:
-        ValueError: for unknown names, missing weights or shapes that do not fit the config.
+        ValueError: for unknown names, missing weights, a layer_norm that the family does not have, or shapes that do
+            not fit the config.
     """
+    orders = ("original", "pre", "post_final") if "item_emb.weight" in weights else ("post",)
     converted = convert_weights(weights)
     if "items" not in converted:
         raise ValueError("the weights hold no item embeddings: item_emb.weight or item_embedding(s).weight is missing")
+    if model.config.layer_norm not in orders:
+        raise ValueError(
+            f"the code behind these names has no layer_norm {model.config.layer_norm!r}: configure the model with one "
+            f"of {list(orders)}, as the other code computes."
+        )
     rows = converted.pop("items")[1:].float()
     if item_ids is None:
         item_ids = torch.arange(1, len(rows) + 1)

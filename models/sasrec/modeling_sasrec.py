@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from grzoo.embeddings import DynamicEmbeddingCollection
-from grzoo.models.attention import by_layer
 from grzoo.models.base import GenRecPreTrainedModel
 from grzoo.models.ops.keyed_dropout import keyed_dropout
 from grzoo.models.ops.sampled_bce import sampled_bce_loss
@@ -15,7 +13,6 @@ from grzoo.models.outputs import GenRecModelOutput
 from grzoo.models.packing import JaggedLayout, dropout_keys, is_padded, pack_batch, packed_positions, unpack
 from grzoo.models.retrieval_model import GenRecForRetrieval
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -28,8 +25,6 @@ Embeddings = Mapping[str, Tensor]
 
 class SASRecLayer(GradientCheckpointingLayer):
     """One block: causal softmax attention and a feed-forward layer, normalised as `config.layer_norm` says."""
-
-    attention_functions = SOFTMAX_ATTENTION_FUNCTIONS
 
     def __init__(self, config: SASRecConfig, layer_idx: int) -> None:
         super().__init__()
@@ -49,20 +44,21 @@ class SASRecLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, layout: JaggedLayout, token_keys: Tensor | None) -> Tensor:
         """hidden_states [T, D], token_keys int64 [T] or None (no dropout) -> [T, D]."""
         x, order = hidden_states, self.config.layer_norm
-        query = x if order == "post" else self.attention_norm(x)
+        after = order in ("post", "post_final")
+        query = x if after else self.attention_norm(x)
         key = query if order == "pre" else x
         x = (query if order == "original" else x) + self._attend(query, key, layout, token_keys)
-        if order == "post":
+        if after:
             x = self.attention_norm(x)
-        inner = x if order == "post" else self.feed_forward_norm(x)
+        inner = x if after else self.feed_forward_norm(x)
         x = (inner if order == "original" else x) + self._feed_forward(inner, token_keys)
-        return self.feed_forward_norm(x) if order == "post" else x
+        return self.feed_forward_norm(x) if after else x
 
     def _attend(self, query: Tensor, key: Tensor, layout: JaggedLayout, token_keys: Tensor | None) -> Tensor:
         heads = self.config.num_attention_heads
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
-        attend = AttentionInterface().get_interface(self.config._attn_implementation, by_layer("auto"))
-        attended, _ = attend(self, *(x.unflatten(-1, (heads, -1)) for x in (q, k, v)), layout)
+        attend = SOFTMAX_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attended = attend(*(x.unflatten(-1, (heads, -1)) for x in (q, k, v)), layout)
         return self._dropout(self.o_proj(attended.flatten(1)), token_keys, 0)
 
     def _feed_forward(self, x: Tensor, token_keys: Tensor | None) -> Tensor:
@@ -79,11 +75,7 @@ class SASRecPreTrainedModel(GenRecPreTrainedModel):
     config: SASRecConfig
     _no_split_modules = ["SASRecLayer"]
     _can_record_outputs = {"hidden_states": SASRecLayer}
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        # "auto" unless one is asked for.
-        name: str = super()._check_and_adjust_attn_implementation(attn_implementation or "auto", *args, **kwargs)
-        return name
+    attention_functions = SOFTMAX_ATTENTION_FUNCTIONS
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -106,12 +98,7 @@ class SASRecModel(SASRecPreTrainedModel):
 
     def __init__(self, config: SASRecConfig, *, embedding_backend: str = "auto") -> None:
         super().__init__(config)
-        self.embedding_collection = DynamicEmbeddingCollection(
-            config.embedding_tables(),
-            config.embedding_features(),
-            seed=config.embedding_seed,
-            backend=embedding_backend,
-        )
+        self.embedding_collection = self.new_embeddings(embedding_backend)
         self.position_embedding = nn.Embedding(config.max_sequence_length, config.hidden_size)
         self.layers = nn.ModuleList(SASRecLayer(config, index) for index in range(config.num_hidden_layers))
         # BERT's order normalises the input of the first block, the others the output of the last.

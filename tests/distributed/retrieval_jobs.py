@@ -87,13 +87,30 @@ def rank_catalogue(group: dist.ProcessGroup, k: int) -> dict[str, Any]:
     assert torch.equal(ids, whole_table.top_k(case["queries"][mine], k, exclude)[0])
     ranks = catalogue.ranks(case["queries"][mine], case["targets"][mine], exclude)
     result = {"users": mine.tolist(), "ids": ids.tolist(), "scores": scores.tolist(), "ranks": ranks.tolist()}
-    return result | {"local": catalogue.ids.numel(), "refused": _refused(catalogue, case["queries"][mine])}
+    result |= {"local": catalogue.ids.numel(), "refused": _refused(catalogue, case["queries"][mine])}
+    return result | {"broken": _broken(model, group)}
 
 
 def _refused(catalogue: ShardedCatalogue, queries: Tensor) -> str:
     """One rank asks for something impossible: all must hear of it."""
     try:
         catalogue.top_k(queries, 10**6 if catalogue.rank == 0 else 1)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def _broken(model: VectorModel, group: dist.ProcessGroup) -> str:
+    """The vectors of one rank are not finite: all must hear of it."""
+
+    class Diverged:
+        embeddings = model.embeddings
+
+        def item_embeddings(self, ids: Tensor) -> Tensor:
+            return model.item_embeddings(ids) + (torch.nan if dist.get_rank(group) == 0 else 0.0)
+
+    try:
+        ShardedCatalogue(Diverged(), None, group)
     except ValueError as error:
         return str(error)
     return "nothing was refused"

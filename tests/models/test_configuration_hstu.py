@@ -11,6 +11,7 @@ from transformers import AutoConfig
     [
         ({"hidden_size": 0}, "hidden_size must be positive; got 0"),
         ({"num_negatives": -1}, "num_negatives must be positive; got -1"),
+        ({"num_time_buckets": 161}, "num_time_buckets must be at most 160; got 161.*reach 146"),
         ({"temperature": 0}, "temperature must be positive; got 0"),
         ({"hidden_dropout": 1.0}, r"hidden_dropout must lie in \[0, 1\); got 1.0"),
         (

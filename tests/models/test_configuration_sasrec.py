@@ -1,7 +1,7 @@
 """The config says no early, and survives JSON."""
 
 import pytest
-from grzoo.models import SASRecConfig
+from grzoo.models import SASRecConfig, SASRecForRetrieval
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig
 
@@ -18,6 +18,8 @@ from transformers import AutoConfig
         ({"loss": "gbce", "num_items": 3, "num_negatives": 3}, "needs num_items, more than num_negatives.*got 3"),
         ({"gbce_calibration": 2.0}, r"gbce_calibration must lie in \[0, 1\]; got 2.0"),
         ({"item_initializer": {"kind": "magic"}}, "magic"),
+        ({"table_policies": {"users": {}}}, "users"),
+        ({"table_policies": {"items": {"max_rows": 0}}}, "max_rows"),
     ],
 )
 def test_impossible_values(fields, message):
@@ -34,7 +36,12 @@ def test_power_of_gbce_at_its_ends():
 
 
 def test_json_round_trip(tmp_path):
-    config = SASRecConfig(hidden_size=8, layer_norm="post", loss="softmax", negative_sampling="all")
+    policies = {"items": {"max_rows": 100, "eviction": {"kind": "lru", "every": 5}, "track_use": True}}
+    config = SASRecConfig(
+        hidden_size=8, layer_norm="post", loss="softmax", negative_sampling="all", table_policies=policies
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is SASRecConfig and loaded.to_diff_dict() == config.to_diff_dict()
+    (table,) = SASRecForRetrieval(loaded, embedding_backend="naive").embeddings.tables.values()
+    assert table.max_rows == 100 and table.track_use and table.eviction["every"] == 5

@@ -8,6 +8,7 @@ from torch import nn
 
 ITEMS, POSITIONS, WIDTH, INNER = 7, 6, 4, 8
 HISTORY = torch.tensor([[3, 1, 7, 2]])
+FULL = torch.tensor([[5, 6, 3, 1, 7, 2]])  # as long as the window
 
 
 def randn(*shape):
@@ -62,20 +63,40 @@ def module(cls, weights, prefix, *arguments, **options):
     return built.eval()
 
 
-def pre_states(w, padding_position):
-    """What the code of the pre-LN family computes at the end of HISTORY, padded at its start, position L last."""
-    length = HISTORY.shape[1]
-    places = torch.arange(POSITIONS - length, POSITIONS) + padding_position
-    x = (w["item_emb.weight"][HISTORY[0]] * WIDTH**0.5 + w["pos_emb.weight"][places]).unsqueeze(1)
-    mask = torch.ones(length, length, dtype=torch.bool).triu(1)
+def pre_states(w, padding_position, history, order, *, hide_padding=False):
+    """What the code of the pre-LN family computes for the events of a history, in a window padded at its start.
+
+    It hides the future alone, so the padding is among the keys; `hide_padding` takes it out, which that code does not.
+    """
+    length = history.shape[1]
+    item = torch.cat([torch.zeros(POSITIONS - length, dtype=torch.long), history[0]])
+    real = (item != 0)[:, None, None]
+    places = torch.arange(POSITIONS) + padding_position
+    x = (w["item_emb.weight"][item] * WIDTH**0.5 + w["pos_emb.weight"][places]).unsqueeze(1) * real
+    mask = torch.ones(POSITIONS, POSITIONS, dtype=torch.bool).triu(1)
+    if hide_padding:
+        mask |= (item == 0) & ~torch.eye(POSITIONS, dtype=torch.bool)  # a row of padding sees itself
     for i in range(2):
         attention = module(nn.MultiheadAttention, w, f"attention_layers.{i}.", WIDTH, 2)
-        q = module(nn.LayerNorm, w, f"attention_layernorms.{i}.", WIDTH, eps=1e-8)(x)
-        x = q + attention(q, x, x, attn_mask=mask)[0]
-        x = module(nn.LayerNorm, w, f"forward_layernorms.{i}.", WIDTH, eps=1e-8)(x)
+        before = module(nn.LayerNorm, w, f"attention_layernorms.{i}.", WIDTH, eps=1e-8)
+        after = module(nn.LayerNorm, w, f"forward_layernorms.{i}.", WIDTH, eps=1e-8)
         first, second = (module(nn.Conv1d, w, f"forward_layers.{i}.conv{n}.", WIDTH, WIDTH, 1) for n in (1, 2))
-        x = x + second(first(x.permute(1, 2, 0)).relu()).permute(2, 0, 1)
-    return module(nn.LayerNorm, w, "last_layernorm.", WIDTH, eps=1e-8)(x)[:, 0]
+
+        def feed_forward(x, first=first, second=second):
+            return second(first(x.permute(1, 2, 0)).relu()).permute(2, 0, 1)
+
+        if order == "original":
+            q = before(x)
+            x = after(q + attention(q, x, x, attn_mask=mask)[0])
+            x = (x + feed_forward(x)) * real
+        elif order == "pre":  # norm_first=True
+            q = before(x)
+            x = x + attention(q, q, q, attn_mask=mask)[0]
+            x = x + feed_forward(after(x))
+        else:  # norm_first=False
+            x = before(x + attention(x, x, x, attn_mask=mask)[0])
+            x = after(x + feed_forward(x))
+    return module(nn.LayerNorm, w, "last_layernorm.", WIDTH, eps=1e-8)(x)[POSITIONS - length :, 0]
 
 
 def post_states(w):
@@ -107,13 +128,19 @@ def build(**fields):
     return SASRecForRetrieval(config, embedding_backend="naive").eval()
 
 
+@pytest.mark.parametrize("order", ["original", "pre", "post_final"])
 @pytest.mark.parametrize("padding_position", [0, 1])
 @torch.no_grad()
-def test_pre_family_gives_the_same_states(padding_position):
+def test_pre_family_gives_the_same_states(padding_position, order):
+    """Of a full window; shorter histories differ by the padding that the other code attends to, and by nothing else."""
     weights = pre_weights(POSITIONS + padding_position)
-    model = build()
+    model = build(layer_norm=order)
     load_public_weights(model, weights)
-    torch.testing.assert_close(model(HISTORY).query_embeddings[0], pre_states(weights, padding_position))
+    torch.testing.assert_close(model(FULL).query_embeddings[0], pre_states(weights, padding_position, FULL, order))
+    got = model(HISTORY).query_embeddings[0]
+    without = pre_states(weights, padding_position, HISTORY, order, hide_padding=True)
+    torch.testing.assert_close(got, without)
+    assert not torch.allclose(got, pre_states(weights, padding_position, HISTORY, order), atol=1e-4)
 
 
 @pytest.mark.parametrize("plural", [False, True])
@@ -153,3 +180,12 @@ def test_what_does_not_fit_is_named():
         load_public_weights(build(intermediate_size=5), weights)
     with pytest.raises(ValueError, match="8 item ids were given, but the weights hold 7 items"):
         load_public_weights(build(), weights, torch.arange(8))
+
+
+def test_an_order_that_the_other_code_does_not_have_is_refused():
+    """Names and shapes would fit, and the states be wrong without a word."""
+    with pytest.raises(ValueError, match=r"no layer_norm 'post'.*one of \['original', 'pre', 'post_final'\]"):
+        load_public_weights(build(layer_norm="post"), pre_weights(POSITIONS))
+    for order in ("original", "pre", "post_final"):
+        with pytest.raises(ValueError, match=rf"no layer_norm '{order}'.*one of \['post'\]"):
+            load_public_weights(build(layer_norm=order, intermediate_size=INNER), post_weights(False))

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from grzoo.models import HSTUForRetrieval
-from grzoo.models.ops import keyed_dropout_naive
+from grzoo.models.ops import hstu_attention_naive, keyed_dropout_naive
+from grzoo.models.ops.hstu_attention import HSTU_ATTENTION_FUNCTIONS
 from torch.nn import functional as F
 
 LENGTHS = [5, 1, 0, 9, 20, 2]
@@ -104,6 +105,24 @@ def test_equals_the_papers_equations(fields, attn_implementation, micro_model, b
     torch.testing.assert_close(got, valid.detach(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["auto", "eager", "host", "naive", "triton"])
+def test_the_named_attention_runs(name, micro_model, batches, monkeypatch):
+    """`eager` once was no name that transformers' registry knew, and `auto` ran instead."""
+    ran = []
+
+    def note(name):
+        return lambda query, key, value, layout, **kwargs: (
+            ran.append(name) or hstu_attention_naive(query, key, value, layout, **kwargs)
+        )
+
+    for key in HSTU_ATTENTION_FUNCTIONS:
+        monkeypatch.setitem(HSTU_ATTENTION_FUNCTIONS, key, note(key))
+    model = micro_model()
+    model.set_attn_implementation(name)
+    model(**batches.make_batch([3, 2]))
+    assert ran == [name] * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("sampling", ["uniform", "shared", "all"])
 def test_padded_equals_packed(left, sampling, micro_model, batches):
@@ -200,7 +219,11 @@ def test_embedding_ids_leave_out_padding_and_masked_labels(micro_model, batches)
 def test_hidden_states_and_tuples(micro_model, batches):
     model, batch = micro_model().eval(), batches.make_batch(LENGTHS)
     output = model(**batch, output_hidden_states=True)
-    assert [tuple(h.shape) for h in output.hidden_states[:-1]] == [(sum(LENGTHS), 6)] * 2
+    assert [tuple(h.shape) for h in output.hidden_states] == [(sum(LENGTHS), 6)] * 2 + [(1, sum(LENGTHS), 6)]
+    padded = batches.pad(batch, left=True)
+    states = model.model(padded["input_ids"], padded["attention_mask"], timestamps=padded["timestamps"],
+                         output_hidden_states=True)  # fmt: skip
+    assert torch.equal(states.hidden_states[-1], states.last_hidden_state)
     assert torch.equal(model(**batch, return_dict=False)[1], output.query_embeddings)
 
 
@@ -287,9 +310,26 @@ class TestBadInput:
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 5"):
             micro_model()(**batch)
 
-    def test_unknown_attention(self, micro_model):
-        with pytest.raises(ValueError, match="attn_implementation"):
-            micro_model().set_attn_implementation("fast")
+    @pytest.mark.parametrize("name", ["fast", "grouped", "varlen", "sdpa"])
+    def test_unknown_attention(self, name, micro_model):
+        model = micro_model()
+        with pytest.raises(ValueError, match=f"attn_implementation='{name}' is not available.*choose from .*'eager'"):
+            model.set_attn_implementation(name)
+        with pytest.raises(ValueError, match="choose from"):
+            HSTUForRetrieval._from_config(model.config, attn_implementation=name)
+
+    def test_an_item_twice_in_the_catalogue(self, micro_model, batches):
+        """It would stand twice in the denominator of the softmax."""
+        batch = batches.make_batch([3], sampling="all", trained=1.0)
+        batch["negative_ids"] = torch.cat([batch["negative_ids"], batch["negative_ids"][:1]])
+        with pytest.raises(ValueError, match="negative_ids hold an item twice"):
+            micro_model(negative_sampling="all")(**batch)
+
+    def test_shared_log_q_of_another_length(self, micro_model, batches):
+        batch = batches.make_batch([3], sampling="shared")
+        batch["negative_log_q"] = batch["negative_log_q"][:1]
+        with pytest.raises(ValueError, match=r"negative_log_q has shape \(1,\), but negative_ids \(3,\)"):
+            micro_model(negative_sampling="shared")(**batch)
 
 
 def test_float32_by_the_default_paths_equals_float64(micro_model, batches):

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from grzoo.models.packing import JaggedLayout, keep_last, next_timestamps, pack_batch, packed_positions, unpack
+from grzoo.models.packing import (
+    TOKEN_FIELDS,
+    JaggedLayout,
+    check_times,
+    keep_last,
+    next_timestamps,
+    pack_batch,
+    packed_positions,
+    unpack,
+)
 
 
 def test_any_padding_packs_alike_and_unpacks_back():
@@ -70,11 +79,81 @@ def test_keep_last_keeps_the_last_events_and_restarts_positions():
     batch = {
         "input_ids": torch.arange(7).unsqueeze(0),
         "timestamps": torch.arange(7).unsqueeze(0) * 10,
-        "position_ids": torch.arange(7).unsqueeze(0),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 0, 1]]),
         "cu_seq_lens_q": torch.tensor([0, 4, 5, 7]),
         "max_length_q": 4,
     }
     kept = keep_last(batch, 2)
     assert kept["input_ids"].tolist() == [[2, 3, 4, 5, 6]] and kept["timestamps"].tolist() == [[20, 30, 40, 50, 60]]
-    assert kept["cu_seq_lens_q"].tolist() == [0, 2, 3, 5] and kept["max_length_q"] == 2 and "position_ids" not in kept
+    assert kept["cu_seq_lens_q"].tolist() == [0, 2, 3, 5] and kept["max_length_q"] == 2
+    assert kept["position_ids"].tolist() == [[0, 1, 0, 0, 1]]
     assert keep_last(batch, 4) == batch
+
+
+@pytest.mark.parametrize("name", [*TOKEN_FIELDS[1:], "negative_ids"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (1, 6), (2, 5), (5,), (1, 5, 1)], ids=str)
+def test_packed_fields_of_another_shape_are_refused(name, shape):
+    """A field that is too short would be read beyond its end, or broadcast, without a word."""
+    batch = {"input_ids": torch.zeros(1, 5, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 2, 5])}
+    shape = (*shape, 3) if name == "negative_ids" and len(shape) == 2 else shape
+    values = torch.zeros(shape, dtype=torch.long)
+    if name == "negative_ids" and shape in [(5,), (1, 5, 1)]:  # shared ones, and one for each token
+        assert pack_batch(batch | {name: values})[name] is values
+        return
+    with pytest.raises(ValueError, match=rf"{name} has shape \(.*\), but input_ids \(1, 5\): they must agree"):
+        pack_batch(batch | {name: values})
+    fits = torch.zeros((1, 5, 3) if name == "negative_ids" else (1, 5), dtype=torch.long)
+    assert pack_batch(batch | {name: fits})[name] is fits
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (0, 5), (5,), (1, 5, 1)], ids=str)
+def test_packed_ids_have_one_row(shape):
+    ids = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"must have shape \[1, T\]; got .*leave cu_seq_lens_q out"):
+        pack_batch({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 5])})
+
+
+@pytest.mark.parametrize("starts", [torch.tensor([[0, 5]]), torch.tensor([0.0, 5.0])], ids=["2-D", "float"])
+def test_starts_are_integers_in_a_row(starts):
+    with pytest.raises(ValueError, match=r"must be integers \[B \+ 1\]; got"):
+        JaggedLayout.from_cu_seq_lens(starts, 5)
+
+
+@pytest.mark.parametrize("name", ["timestamps", "target_timestamps"])
+def test_a_layout_has_one_time_per_token(name):
+    with pytest.raises(ValueError, match=rf"{name} has shape \(1,\), but there are 5 tokens"):
+        JaggedLayout.from_cu_seq_lens(torch.tensor([0, 5]), 5, **{name: torch.ones(1, dtype=torch.long)})
+
+
+LAYOUT = JaggedLayout.from_cu_seq_lens(torch.tensor([0, 2, 2, 5]), 5)
+TIMES = torch.tensor([10, 20, 1, 1, 3])
+
+
+def test_good_times_pass():
+    check_times(LAYOUT, TIMES)
+    check_times(LAYOUT, TIMES, TIMES)  # the next event may come in the same second
+    check_times(LAYOUT, TIMES.int(), next_timestamps(LAYOUT, TIMES, None).int())
+    nothing = JaggedLayout.from_cu_seq_lens(torch.tensor([0, 0]), 0)
+    check_times(nothing, TIMES[:0], TIMES[:0])
+
+
+@pytest.mark.parametrize(
+    "times, target, message",
+    [
+        ([10, 20, -1, 1, 3], None, "timestamp -1 is negative"),
+        ([10, 9, 1, 1, 3], None, "timestamps fall after event 0"),
+        ([10, 20, 1, 1, 3], [20, 21, 1, 0, 3], "time after event 3 of the batch is 0, before the event itself at 1"),
+        ([10, 20, 1, 1, 3], [20, -5, 1, 1, 3], "time after event 1 of the batch is -5"),
+        ([10.0, 20.0, 1.0, float("nan"), 3.0], None, "timestamps must be whole seconds.*got torch.float32"),
+        ([10, 20, 1, 1, 3], [20.0, 21.0, 1.0, 1.0, 3.0], "target_timestamps must be whole seconds"),
+    ],
+    ids=["negative", "falls", "before", "negative target", "float", "float target"],
+)
+def test_bad_times_are_named(times, target, message):
+    with pytest.raises(ValueError, match=message):
+        check_times(LAYOUT, torch.tensor(times), None if target is None else torch.tensor(target))
+
+
+def test_the_time_of_a_request_is_whole_seconds():
+    with pytest.raises(ValueError, match="request_timestamps must be whole seconds"):
+        next_timestamps(LAYOUT, TIMES, torch.tensor([30.0, 30.0, 30.0]))

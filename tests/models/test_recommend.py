@@ -100,3 +100,69 @@ def test_a_misspelt_field_is_refused(micro_model):
     ids = torch.tensor([[3, 1, 2]])
     with pytest.raises(ValueError, match=r"does not take \['request_timestamp'\]"):
         micro_model().recommend(ids, timestamps=ids * 100, request_timestamp=torch.tensor([400]), top_k=1)
+
+
+@pytest.mark.parametrize("function", ["encode", "recommend"])
+def test_a_misspelt_mask_is_refused(function, model):
+    """`attn_mask` for `attention_mask` would make events of the padding."""
+    with pytest.raises(ValueError, match=rf"{function}\(\) does not take \['attn_mask'\]; a history has"):
+        getattr(model, function)(HISTORY, timestamps=TIMES.sort(1).values, attn_mask=MASK)
+
+
+def test_a_micro_batch_of_the_collator_is_taken_as_it_is(model, batches):
+    batch = batches.make_batch([3, 5])
+    batch["input_ids"] = batch["input_ids"] // 10**17
+    seen = {"seen_item_ids": torch.arange(3), "cu_seen": torch.tensor([0, 3, 3]), "label_index": batch["labels"]}
+    needed = ("input_ids", "cu_seq_lens_q", "timestamps", "target_timestamps")
+    best = model.recommend(**batch, **seen, top_k=3)
+    assert torch.equal(best.item_ids, model.recommend(**{name: batch[name] for name in needed}, top_k=3).item_ids)
+
+
+def test_positions_count(model, micro_sasrec):
+    """`position_ids` reach the backbone; those of a history that is cut go down with it."""
+    for each in (model, micro_sasrec(position_alignment="start")):
+        fields = {"timestamps": TIMES[:1], "cu_seq_lens_q": torch.tensor([0, 4])}
+        plain = each.encode(HISTORY[:1], **fields)
+        assert torch.equal(each.encode(HISTORY[:1], **fields, position_ids=torch.arange(4)[None]), plain)
+        later = torch.arange(3, 7)[None]
+        got = each.encode(HISTORY[:1], **fields, position_ids=later)
+        with each.inference():
+            want = each(HISTORY[:1], **fields, position_ids=later).query_embeddings[0, -1:]
+        assert torch.equal(got, want) and not torch.allclose(got, plain)
+        long = torch.arange(25)[None]
+        cut = each.encode(long, timestamps=long * 60, position_ids=long)
+        assert torch.equal(cut, each.encode(long, timestamps=long * 60))
+
+
+def test_candidates_in_a_list(model):
+    fields = {"timestamps": TIMES, "top_k": 2}
+    want = model.recommend(HISTORY, MASK, candidates=torch.tensor([20, 11]), **fields)
+    for some in ([20, 11], (11, 20), torch.tensor([20, 11]).numpy()):
+        assert torch.equal(model.recommend(HISTORY, MASK, candidates=some, **fields).item_ids, want.item_ids)
+    with pytest.raises(ValueError, match="must be integers; got torch.float32"):
+        model.recommend(HISTORY, MASK, candidates=[1.5, 2.0], **fields)
+    with pytest.raises(ValueError, match="number of candidates, 0; got 2"):
+        model.recommend(HISTORY, MASK, candidates=[], **fields)
+
+
+def test_a_config_without_return_dict(micro_model, micro_sasrec, batches):
+    """The backbone then returns tuples to others, not to the model that stands on it."""
+    for build in (micro_model, micro_sasrec):
+        model, plain = build(return_dict=False), build()
+        batch = batches.make_batch([3, 5])
+        loss, query = model(**batch)
+        want = plain(**batch)
+        assert torch.equal(loss, want.loss) and torch.equal(query, want.query_embeddings)
+        assert torch.equal(model.encode(**batch), plain.encode(**batch))
+        assert isinstance(model.model(HISTORY, MASK, timestamps=TIMES), tuple)
+
+
+def test_recommending_leaves_every_module_in_its_mode(model):
+    model.model.layers[0].eval()  # frozen by the user
+    before = [module.training for module in model.modules()]
+    model.recommend(HISTORY, MASK, timestamps=TIMES, top_k=2)
+    assert [module.training for module in model.modules()] == before and model.training
+    with pytest.raises(RuntimeError), model.inference():
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == before

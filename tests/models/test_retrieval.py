@@ -60,3 +60,13 @@ def test_impossible_questions():
         catalogue.top_k(case["queries"], 2, (case["seen"], case["starts"][:-1]))
     with pytest.raises(ValueError, match="must be integers; got torch.float32"):
         ShardedCatalogue(VectorModel(), torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_item_without_a_finite_vector_is_named(value):
+    """Nothing is ahead of NaN, so such an item had rank 1, and `top_k` broke."""
+    case = catalogue_case(1, users=4, items=9)
+    case["vectors"][case["ids"] == case["ids"].sort().values[3]] = value
+    case["vectors"][case["ids"] == case["ids"].max(), 0] = value
+    with pytest.raises(ValueError, match=rf"vectors of 2 items are not finite.*item {case['ids'].sort().values[3]}:"):
+        catalogue_of(case)

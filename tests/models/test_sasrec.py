@@ -3,7 +3,8 @@
 import pytest
 import torch
 from grzoo.models import AutoModelForRetrieval, SASRecConfig, SASRecForRetrieval
-from grzoo.models.ops import keyed_dropout_naive
+from grzoo.models.ops import keyed_dropout_naive, softmax_attention_naive
+from grzoo.models.ops.softmax_attention import SOFTMAX_ATTENTION_FUNCTIONS
 from torch.nn import functional as F
 
 LENGTHS = [5, 1, 0, 9, 20, 2]
@@ -19,6 +20,7 @@ FORMS = [
     {},
     {"layer_norm": "pre", "intermediate_size": 9, "position_alignment": "start"},
     {"layer_norm": "post", "hidden_act": "gelu", "scale_items": False, "num_attention_heads": 1},
+    {"layer_norm": "post_final", "intermediate_size": 9},
 ]
 
 
@@ -108,7 +110,7 @@ def dense_loss(weights, config, item, batch):
 
 
 @pytest.mark.parametrize("attn_implementation", ["auto", "naive"])
-@pytest.mark.parametrize("form", FORMS, ids=["original", "pre", "post"])
+@pytest.mark.parametrize("form", FORMS, ids=["original", "pre", "post", "post_final"])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: "-".join(str(v) for v in f.values()))
 def test_equals_the_dense_equations(loss, form, attn_implementation, micro_sasrec, batches):
     model = micro_sasrec(dtype=torch.float64, **form, **loss)
@@ -132,7 +134,7 @@ def test_equals_the_dense_equations(loss, form, attn_implementation, micro_sasre
         torch.testing.assert_close(model(**batch).query_embeddings[0], states.detach(), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layer_norm", ["pre", "post"])
+@pytest.mark.parametrize("layer_norm", ["pre", "post", "post_final"])
 @torch.no_grad()
 def test_pre_and_post_are_torchs_encoder_layers(layer_norm):
     """`nn.TransformerEncoderLayer` with the same weights, norm_first for pre, causal."""
@@ -167,7 +169,7 @@ def test_pre_and_post_are_torchs_encoder_layers(layer_norm):
         }.items():
             getattr(theirs, name).load_state_dict(getattr(ours, part).state_dict())
         x = theirs(x.unsqueeze(0), src_mask=mask)[0]
-    want = body.norm(x) if layer_norm == "pre" else x
+    want = x if layer_norm == "post" else body.norm(x)
     torch.testing.assert_close(model(history.unsqueeze(0)).query_embeddings[0], want, atol=1e-5, rtol=1e-5)
 
 
@@ -266,6 +268,30 @@ def test_learns_on_one_core(micro_sasrec, batches):
         model.embeddings.optimizer.zero_grad()
         last = loss.item()
     assert last < 0.6 * first
+
+
+@pytest.mark.parametrize("name", ["auto", "grouped", "varlen", "naive"])
+def test_the_named_attention_runs(name, micro_sasrec, batches, monkeypatch):
+    ran = []
+
+    def note(name):
+        return lambda *inputs: ran.append(name) or softmax_attention_naive(*inputs)
+
+    for key in SOFTMAX_ATTENTION_FUNCTIONS:
+        monkeypatch.setitem(SOFTMAX_ATTENTION_FUNCTIONS, key, note(key))
+    model = micro_sasrec()
+    model.set_attn_implementation(name)
+    model(**batches.make_batch([3, 2]))
+    assert ran == [name] * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ["eager", "host", "sdpa"])
+def test_unknown_attention(name, micro_sasrec):
+    model = micro_sasrec()
+    with pytest.raises(ValueError, match=f"attn_implementation='{name}' is not available.*choose from .*'grouped'"):
+        model.set_attn_implementation(name)
+    with pytest.raises(ValueError, match="choose from"):
+        SASRecForRetrieval._from_config(model.config, attn_implementation=name)
 
 
 def test_too_long(micro_sasrec, batches):

@@ -49,6 +49,9 @@ def test_a_mistake_of_one_rank_stops_all(world_size, results):
     refused = [result[str(world_size)]["refused"] for result in results[:world_size]]
     assert "top_k must lie between 1 and the number of candidates, 40; got 1000000" in refused[0]
     assert all("Rank 0 asked for something impossible" in message for message in refused[1:])
+    broken = [result[str(world_size)]["broken"] for result in results[:world_size]]
+    assert "are not finite, the first is that of item" in broken[0]
+    assert all("Rank 0" in message for message in broken[1:])
 
 
 def test_sharded_model_recommends_and_saves_like_one_process(model, folder, results):

@@ -2,6 +2,7 @@
 
 import torch
 from grzoo.models.ops.host import available
+from grzoo.models.ops.shapes import check_shape
 from torch import Tensor
 
 from .host import exponentiate_host
@@ -43,6 +44,8 @@ def _full_softmax(query: Tensor, items: Tensor, target: Tensor, with_grads: bool
     """Loss, and its gradients by query and items (empty without `with_grads`)."""
     query, items = query.contiguous(), items.contiguous()
     tokens, (count, width) = len(query), items.shape
+    check_shape("items", items, (count, query.shape[1]))
+    check_shape("target", target, (tokens,))
     _check(target, count)
     dquery = query.new_empty(tokens if with_grads else 0, width)
     ditems = query.new_zeros(count if with_grads else 0, width)

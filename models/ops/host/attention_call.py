@@ -3,6 +3,7 @@
 import ctypes
 
 import torch
+from grzoo.models.ops.shapes import check_attention_shapes, check_shape
 from torch import Tensor
 
 from .library import HIGHEST_LEVEL
@@ -24,22 +25,28 @@ def check_host_tensor(query: Tensor) -> None:
 
 
 class AttentionCall:
-    """The arguments of one call: `structure` has the fields of an op; those that every attention has are set here."""
+    """The arguments of one call: `structure` has the fields of an op; those that every attention has are set here.
+
+    Raises:
+        ValueError: for tensors whose sizes do not fit each other.
+    """
 
     def __init__(
         self, structure: ctypes.Structure, query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, scale: float
     ) -> None:
+        check_attention_shapes(query, key, value, int(cu_seq_lens[-1]))
         self.alive: list[Tensor] = []
         self.structure = structure
         structure.num_sequences = cu_seq_lens.numel() - 1
         _, structure.heads, structure.key_width = query.shape
         structure.value_width = value.shape[2]
         structure.query, structure.key, structure.value = (self.view(x) for x in (query, key, value))
-        structure.cu_seq_lens = self.dense(cu_seq_lens, torch.int64)
+        structure.cu_seq_lens = self.dense("cu_seq_lens", cu_seq_lens, torch.int64, cu_seq_lens.numel())
         structure.scale, structure.threads, structure.level = scale, torch.get_num_threads(), HIGHEST_LEVEL
 
-    def dense(self, x: Tensor, dtype: torch.dtype) -> int:
-        """The address of the numbers one after the other."""
+    def dense(self, name: str, x: Tensor, dtype: torch.dtype, count: int) -> int:
+        """The address of `count` numbers one after the other, as many as C reads."""
+        check_shape(name, x, (count,))
         self.alive.append(x.to(dtype).contiguous())
         return self.alive[-1].data_ptr()
 

@@ -1,5 +1,7 @@
 """HSTU attention over packed sequences: pointwise silu instead of softmax, relative position and time bias."""
 
+from collections.abc import Callable
+
 import torch
 from grzoo.models.ops.host import available
 from grzoo.models.ops.triton_available import has_triton
@@ -55,7 +57,7 @@ def hstu_attention_triton(
     )
 
 
-HSTU_ATTENTION_FUNCTIONS = {
+HSTU_ATTENTION_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "auto": hstu_attention_auto,
     "eager": hstu_attention_eager,
     "host": hstu_attention_host,

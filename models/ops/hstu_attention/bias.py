@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 TIME_BUCKET_WIDTH = 0.301  # ln(1.351): one bucket for each growth of the time difference by 35 %
+MAX_BUCKETS = 160  # as in host_types.h; differences of 64-bit times reach 146
 
 
 def time_buckets(query_times: Tensor, key_times: Tensor, num_buckets: int) -> Tensor:

@@ -5,12 +5,11 @@ from functools import cache
 
 import torch
 from grzoo.models.ops.host import AttentionCall, View, check_host_tensor, library
+from grzoo.models.ops.shapes import check_shape
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
-from .bias import time_buckets
-
-MAX_BUCKETS = 160  # as in host_types.h; differences of 64-bit times reach 146
+from .bias import MAX_BUCKETS, time_buckets
 
 
 def hstu_attention_host(
@@ -29,7 +28,8 @@ def hstu_attention_host(
     buckets are those of `time_buckets`.
 
     Raises:
-        ValueError: for tensors that are not on the CPU, float64, a sequence longer than `max_length`, missing times.
+        ValueError: for tensors that are not on the CPU, float64, a sequence longer than `max_length`, missing times,
+            more than 160 time buckets, sizes that do not fit.
     """
     check_host_tensor(query)
     if layout.max_length > max_length:
@@ -95,6 +95,7 @@ def _hstu_attention_backward(
     call = _Call(query, key, value, cu_seq_lens, position_table, time_table, timestamps, target_timestamps, max_length)
     grads = tuple(torch.empty(x.shape, dtype=torch.float32) for x in (query, key, value, position_table))
     dtime = torch.empty(0 if time_table is None else time_table.numel(), dtype=torch.float32)
+    check_shape("grad_out", grad_out, value.shape)
     call.structure.grad_out = call.view(grad_out)
     call.structure.grad_query, call.structure.grad_key, call.structure.grad_value = (g.data_ptr() for g in grads[:3])
     call.structure.grad_position, call.structure.grad_time = grads[3].data_ptr(), dtime.data_ptr()
@@ -161,14 +162,20 @@ class _Call(AttentionCall):
         fields = _Structure()
         super().__init__(fields, query, key, value, cu_seq_lens, 1.0 / max_length)
         fields.max_length = max_length
-        fields.position_table = self.dense(position_table, torch.float32)
+        fields.position_table = self.dense("position_table", position_table, torch.float32, 2 * max_length - 1)
         if time_table is not None:
             assert timestamps is not None and target_timestamps is not None
-            fields.num_buckets = time_table.numel()
-            fields.time_table = self.dense(time_table, torch.float32)
-            fields.timestamps = self.dense(timestamps, torch.int64)
-            fields.target_timestamps = self.dense(target_timestamps, torch.int64)
-            fields.thresholds = self.dense(bucket_thresholds(time_table.numel()), torch.int64)
+            buckets = time_table.numel()
+            if not 1 <= buckets <= MAX_BUCKETS:
+                raise ValueError(
+                    f"The host kernel takes 1 to {MAX_BUCKETS} time buckets, got {buckets}: differences of 64-bit "
+                    "times reach 146."
+                )
+            fields.num_buckets = buckets
+            fields.time_table = self.dense("time_table", time_table, torch.float32, buckets)
+            fields.timestamps = self.dense("timestamps", timestamps, torch.int64, len(query))
+            fields.target_timestamps = self.dense("target_timestamps", target_timestamps, torch.int64, len(query))
+            fields.thresholds = self.dense("thresholds", bucket_thresholds(buckets), torch.int64, buckets - 1)
 
     def run(self, *, backward: bool) -> None:
         function = library().grzoo_hstu_attention
@@ -177,7 +184,7 @@ class _Call(AttentionCall):
             raise MemoryError("The HSTU attention on the host found no memory for its tiles.")
         if code:
             raise ValueError(
-                f"A sequence is longer than max_length, or there are more than {MAX_BUCKETS} time buckets."
+                f"A sequence is longer than max_length, {self.structure.max_length}: truncate it or raise max_length."
             )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from grzoo.embeddings.kernels.triton.launch import on, runs_on
+from grzoo.models.ops.shapes import check_attention_shapes, check_shape
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -30,7 +31,8 @@ def hstu_attention_triton(
     Buckets are those of `time_buckets` for times below 2^62.
 
     Raises:
-        ValueError: for tensors that Triton cannot reach, float64, a sequence longer than `max_length`, missing times.
+        ValueError: for tensors that Triton cannot reach, float64, a sequence longer than `max_length`, missing times,
+            sizes that do not fit.
     """
     if not runs_on(query) or query.dtype == torch.float64:
         raise ValueError(
@@ -43,6 +45,8 @@ def hstu_attention_triton(
             "truncate it or raise max_length."
         )
     times = (None, None) if time_table is None else _relative_times(layout)
+    check_attention_shapes(query, key, value, layout.num_tokens)
+    check_shape("position_table", position_table, (2 * max_length - 1,))
     tile = launch_for(query, value).tile
     rows, columns = (row_tiles(layout, tile, by_rows=by_rows) for by_rows in (True, False))
     diagonals = diagonal_tiles(layout, tile) if torch.is_grad_enabled() else DiagonalTiles(*[value.new_empty(0)] * 4)
@@ -66,6 +70,7 @@ def _relative_times(layout: JaggedLayout) -> tuple[Tensor, Tensor]:
     if layout.timestamps is None or layout.target_timestamps is None:
         raise ValueError("A time table needs timestamps and target_timestamps; give them or leave the time bias out.")
     if "relative_times" not in layout.cache:
+        check_shape("timestamps", layout.timestamps, (layout.num_tokens,))
         times = torch.stack([layout.timestamps, layout.target_timestamps]).to(torch.int64)
         if times.numel():
             low, high = torch.stack(times.aminmax()).tolist()

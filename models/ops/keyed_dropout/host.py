@@ -5,6 +5,7 @@ import ctypes
 import torch
 from grzoo.embeddings.keyed import fold
 from grzoo.models.ops.host import library
+from grzoo.models.ops.shapes import check_shape
 from torch import Tensor
 
 
@@ -12,7 +13,7 @@ def keyed_dropout_host(x: Tensor, p: float, token_keys: Tensor, site: int) -> Te
     """`keyed_dropout_naive` (formula and shapes there) on float32 CPU tensors, the same mask bit for bit.
 
     Raises:
-        ValueError: for another device or dtype.
+        ValueError: for another device or dtype, and keys that are not one for each token.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         raise ValueError(f"The host kernel takes float32 CPU tensors, got {x.dtype} on {x.device}: use keyed_dropout.")
@@ -24,6 +25,7 @@ def keyed_dropout_host(x: Tensor, p: float, token_keys: Tensor, site: int) -> Te
 
 @torch.library.custom_op("grzoo::keyed_dropout_host", mutates_args=(), device_types="cpu")
 def _keyed_dropout(x: Tensor, row_keys: Tensor, p: float) -> Tensor:
+    check_shape("token_keys", row_keys, x.shape[:1])
     x, row_keys = x.contiguous(), row_keys.contiguous()
     out = torch.empty(x.shape)
     code = library().grzoo_keyed_dropout(

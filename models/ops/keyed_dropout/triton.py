@@ -6,6 +6,7 @@ import torch
 import triton
 from grzoo.embeddings.kernels.triton.launch import blocks, on, runs_on
 from grzoo.embeddings.keyed import fold
+from grzoo.models.ops.shapes import check_shape
 from torch import Tensor
 
 from . import triton_kernels as kernels
@@ -45,6 +46,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("grzoo::keyed_dropout_triton", mutates_args=())
 def _keyed_dropout(x: Tensor, row_keys: Tensor, p: float) -> Tensor:
+    check_shape("token_keys", row_keys, x.shape[:1])
     x = dense_rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():

@@ -5,6 +5,7 @@ import ctypes
 import torch
 from grzoo.embeddings.keyed import fold
 from grzoo.models.ops.host import HIGHEST_LEVEL, library
+from grzoo.models.ops.shapes import check_shape
 from torch import Tensor
 
 
@@ -14,7 +15,7 @@ def norm_gate_dropout_host(
     """`norm_gate_dropout_naive` (formula and shapes there) on float32 CPU tensors, the same mask bit for bit.
 
     Raises:
-        ValueError: for another device or dtype.
+        ValueError: for another device or dtype, and sizes that do not fit.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or gate.dtype != torch.float32:
         raise ValueError(
@@ -63,6 +64,7 @@ def _run(
     out: Tensor,
     dgate: Tensor | None,
 ) -> None:
+    check_shapes(x, gate, grad, row_keys)
     x, gate, grad = _dense(x), _dense(gate), None if grad is None else _dense(grad)
     keys = None if row_keys is None else row_keys.contiguous()
     call = _Call(
@@ -73,6 +75,15 @@ def _run(
     )
     if library().grzoo_norm_gate_dropout(ctypes.byref(call)):
         raise MemoryError("The normalisation on the host found no memory for its rows.")
+
+
+def check_shapes(x: Tensor, gate: Tensor, grad: Tensor | None, row_keys: Tensor | None) -> None:
+    """Raise ValueError unless gate and gradient have the shape of x [T, C], and there is one key for each token."""
+    check_shape("gate", gate, x.shape)
+    if grad is not None:
+        check_shape("grad", grad, x.shape)
+    if row_keys is not None:
+        check_shape("token_keys", row_keys, x.shape[:1])
 
 
 def _dense(x: Tensor) -> Tensor:

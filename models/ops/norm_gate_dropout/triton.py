@@ -9,6 +9,7 @@ from grzoo.models.ops.keyed_dropout.triton import dense_rows, shape_of, threshol
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from .host import check_shapes
 
 
 def norm_gate_dropout_triton(
@@ -32,6 +33,7 @@ def norm_gate_dropout_triton(
 
 @torch.library.custom_op("grzoo::norm_gate_dropout_triton", mutates_args=())
 def _norm_gate_dropout(x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float) -> Tensor:
+    check_shapes(x, gate, None, row_keys)
     x, gate = dense_rows(x), dense_rows(gate)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shape = shape_of(x.shape[1])
@@ -53,6 +55,7 @@ def _(x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float) ->
 def _norm_gate_dropout_backward(
     grad: Tensor, x: Tensor, gate: Tensor, row_keys: Tensor | None, eps: float, p: float
 ) -> tuple[Tensor, Tensor]:
+    check_shapes(x, gate, grad, row_keys)
     x, gate, grad = dense_rows(x), dense_rows(gate), dense_rows(grad)
     dx, dgate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     shape = shape_of(x.shape[1])

@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 from grzoo.models.ops.host import HIGHEST_LEVEL, library
+from grzoo.models.ops.shapes import check_shape
 from torch import Tensor
 
 
@@ -22,7 +23,8 @@ def sampled_softmax_loss_host(
     beyond inputs and gradients: 8 bytes for each negative, and the normalised rows.
 
     Raises:
-        ValueError: for tensors that are not on the CPU, float64, shared negatives, or an index without a row.
+        ValueError: for tensors that are not on the CPU, float64, shared negatives, an index without a row, or sizes
+            that do not fit.
     """
     if query.device.type != "cpu" or query.dtype == torch.float64 or negative_index.dim() != 2:
         raise ValueError(
@@ -36,6 +38,17 @@ def sampled_softmax_loss_host(
     return loss
 
 
+def check_shapes(
+    query: Tensor, rows: Tensor, positive_index: Tensor, negative_index: Tensor, accidental: Tensor
+) -> None:
+    """Raise ValueError unless the sizes of the arguments of `sampled_softmax_loss_host` fit each other."""
+    tokens, width = query.shape
+    check_shape("rows", rows, (len(rows), width))
+    check_shape("positive_index", positive_index, (tokens,))
+    check_shape("negative_index", negative_index, (tokens, negative_index.shape[-1]))
+    check_shape("accidental", accidental, negative_index.shape)
+
+
 @torch.library.custom_op("grzoo::sampled_softmax_host", mutates_args=(), device_types="cpu")
 def _sampled_softmax(
     query: Tensor,
@@ -47,6 +60,7 @@ def _sampled_softmax(
     with_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, and its gradients by query and rows (empty without `with_grads`)."""
+    check_shapes(query, rows, positive_index, negative_index, accidental)
     query, rows = query.contiguous(), rows.contiguous()
     indices = [x.to(torch.int64).contiguous() for x in (positive_index, negative_index)]
     accidental = accidental.to(torch.bool).contiguous()

@@ -8,6 +8,7 @@ from grzoo.embeddings.kernels.triton.launch import on, runs_on
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from .host import check_shapes
 from .naive import l2_normalize
 
 
@@ -26,13 +27,14 @@ def sampled_softmax_loss_triton(
     are summed in the order of the tokens: the same bits on every run.
 
     Raises:
-        ValueError: for tensors that Triton cannot reach, float64, or shared negatives.
+        ValueError: for tensors that Triton cannot reach, float64, shared negatives, or sizes that do not fit.
     """
     if not runs_on(query) or query.dtype == torch.float64 or negative_index.dim() != 2:
         raise ValueError(
             "The Triton kernel takes GPU tensors of at most 32 bits and negatives [T, N]; got "
             f"{query.dtype} on {query.device} and negatives {list(negative_index.shape)}: use sampled_softmax_loss."
         )
+    check_shapes(query, rows, positive_index, negative_index, accidental)
     index = torch.cat([positive_index.unsqueeze(1), negative_index], dim=1)
     query, rows = l2_normalize(query.float()), l2_normalize(rows.float())
     loss: Tensor = _sampled_softmax(query, rows, index, accidental.to(torch.uint8), 1 / temperature)[0]

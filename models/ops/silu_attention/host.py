@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 from grzoo.models.ops.host import AttentionCall, View, check_host_tensor, library
+from grzoo.models.ops.shapes import check_shape
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def silu_attention_host(
     sequences at work, one sequence per thread. No gradient reaches the divisors.
 
     Raises:
-        ValueError: for tensors that are not on the CPU, and float64.
+        ValueError: for tensors that are not on the CPU, float64, and sizes that do not fit.
     """
     check_host_tensor(query)
     out: Tensor = _silu_attention(
@@ -82,6 +83,7 @@ def _silu_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dquery, dkey, dvalue = (torch.empty(x.shape, dtype=torch.float32) for x in (query, key, value))
     call = _Call(query, key, value, cu_seq_lens, query_times, key_times, inverse, max_distance, scale)
+    check_shape("grad_out", grad_out, value.shape)
     call.structure.grad_out = call.view(grad_out)
     call.structure.grad_query, call.structure.grad_key = dquery.data_ptr(), dkey.data_ptr()
     call.structure.grad_value = dvalue.data_ptr()
@@ -136,9 +138,9 @@ class _Call(AttentionCall):
         fields = _Structure()
         super().__init__(fields, query, key, value, cu_seq_lens, scale)
         fields.max_distance, fields.always = max_distance, ALWAYS
-        fields.query_times = self.dense(query_times, torch.int64)
-        fields.key_times = self.dense(key_times, torch.int64)
-        fields.inverse = self.dense(inverse, torch.float32)
+        fields.query_times = self.dense("query_times", query_times, torch.int64, len(query))
+        fields.key_times = self.dense("key_times", key_times, torch.int64, len(query))
+        fields.inverse = self.dense("divisors", inverse, torch.float32, len(query))
 
     def run(self, *, backward: bool) -> None:
         code = library().grzoo_silu_attention(ctypes.byref(self.structure), ctypes.c_int(backward))

@@ -6,6 +6,7 @@ import torch
 from grzoo.embeddings.kernels.triton.launch import runs_on
 from grzoo.models.ops.hstu_attention.tiles import row_tiles
 from grzoo.models.ops.hstu_attention.triton_launch import Attention, dense, forward, gradients, launch_for
+from grzoo.models.ops.shapes import check_attention_shapes, check_shape
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -27,13 +28,17 @@ def silu_attention_triton(
     Scores and sums are float32; products take the dtype of `value`. The same bits on every run.
 
     Raises:
-        ValueError: for tensors that Triton cannot reach, and float64.
+        ValueError: for tensors that Triton cannot reach, float64, and sizes that do not fit.
     """
     if not runs_on(query) or query.dtype == torch.float64:
         raise ValueError(
             f"The Triton kernel takes GPU tensors of at most 32 bits, got {query.dtype} on {query.device}: "
             "choose another attn_implementation."
         )
+    check_attention_shapes(query, key, value, layout.num_tokens)
+    times = {"query_times": visibility.query_times, "key_times": visibility.key_times}
+    for name, x in (*times.items(), ("divisors", divisors)):
+        check_shape(name, x, (layout.num_tokens,))
     tile = launch_for(query, value).tile
     rows, columns = (row_tiles(layout, tile, by_rows=by_rows) for by_rows in (True, False))
     out: Tensor = _silu_attention(

@@ -1,5 +1,7 @@
 """Causal softmax attention over packed sequences."""
 
+from collections.abc import Callable
+
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, layout: JaggedL
     return function(query, key, value, layout)
 
 
-SOFTMAX_ATTENTION_FUNCTIONS = {
+SOFTMAX_ATTENTION_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "auto": softmax_attention,
     "grouped": softmax_attention_grouped,
     "varlen": softmax_attention_varlen,

@@ -7,7 +7,10 @@ import pytest
 import torch
 from grzoo.models.ops.hstu_attention import hstu_attention_naive, hstu_attention_triton
 from grzoo.models.ops.hstu_attention.triton import hstu_attention_triton as kernel_path
-from grzoo.models.ops.silu_attention import SILU_ATTENTION_FUNCTIONS
+from grzoo.models.ops.keyed_dropout.triton import keyed_dropout_triton
+from grzoo.models.ops.norm_gate_dropout.triton import norm_gate_dropout_triton
+from grzoo.models.ops.sampled_softmax.triton import sampled_softmax_loss_triton
+from grzoo.models.ops.silu_attention import SILU_ATTENTION_FUNCTIONS, Visibility
 from grzoo.models.packing import JaggedLayout
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -112,11 +115,34 @@ def test_what_the_kernel_cannot_take_is_refused():
         kernel_path(q, k, v, layout, max_length=3, position_table=position, time_table=time.float())
 
 
+def test_tensors_of_another_size_are_refused():
+    """The kernels would read beyond them."""
+    layout, x, keys = attention.layout_of([3]), torch.ones(3, 4, device=DEVICE), torch.ones(1, dtype=torch.int64)
+    layout = JaggedLayout(layout.cu_seq_lens.to(DEVICE), layout.lengths)
+    q, few, keys, table = x.view(3, 2, 2), x[:2].view(2, 2, 2), keys.to(DEVICE), torch.ones(5, device=DEVICE)
+    for tensors, name in (((few, q, q), "query"), ((q, few, q), "key"), ((q, q, few), "value")):
+        with pytest.raises(ValueError, match=f"{name} must have shape"):
+            kernel_path(*tensors, layout, max_length=3, position_table=table)
+    with pytest.raises(ValueError, match="position_table must have shape"):
+        kernel_path(q, q, q, layout, max_length=3, position_table=table[:4])
+    for short in ("query_times", "key_times", "divisors"):
+        times = {name: keys if name == short else keys.repeat(3) for name in ("query_times", "key_times", "divisors")}
+        divisors = times.pop("divisors")
+        with pytest.raises(ValueError, match=f"{short} must have shape"):
+            SILU_ATTENTION_FUNCTIONS["triton"](q, q, q, layout, Visibility(**times), divisors=divisors)
+    with pytest.raises(ValueError, match="token_keys must have shape"):
+        keyed_dropout_triton(x, 0.5, keys, 0)
+    with pytest.raises(ValueError, match="token_keys must have shape"):
+        norm_gate_dropout_triton(x, x, eps=1e-6, p=0.5, token_keys=keys)
+    with pytest.raises(ValueError, match="gate must have shape"):
+        norm_gate_dropout_triton(x, x[:2], eps=1e-6)
+    with pytest.raises(ValueError, match="positive_index must have shape"):
+        sampled_softmax_loss_triton(x, x, keys, keys.expand(3, 2), keys.bool().expand(3, 2), temperature=1.0)
+
+
 @pytest.mark.parametrize("dropout", [True, False])
 @pytest.mark.parametrize("tokens, columns", [(0, 5), (3, 8), (7, 50), (70, 33), (2, 257)])
 def test_norm_gate_dropout_equals_naive(tokens, columns, dropout):
-    from grzoo.models.ops.norm_gate_dropout.triton import norm_gate_dropout_triton
-
     def on_kernel(x, gate, *, token_keys=None, **arguments):
         keys = None if token_keys is None else token_keys.to(DEVICE)
         return norm_gate_dropout_triton(x.to(DEVICE), gate.to(DEVICE), token_keys=keys, **arguments).cpu()
@@ -129,7 +155,6 @@ def test_norm_gate_dropout_equals_naive(tokens, columns, dropout):
 @pytest.mark.parametrize("tokens, columns", [(0, 5), (3, 8), (70, 33), (2, 257)])
 def test_keyed_dropout_equals_naive(tokens, columns, p, dtype):
     from grzoo.models.ops import keyed_dropout_naive
-    from grzoo.models.ops.keyed_dropout.triton import keyed_dropout_triton
 
     keys = torch.randint(-(2**63), 2**63 - 1, (tokens,), generator=torch.Generator().manual_seed(0))
     wide = torch.randn(columns, tokens).to(dtype)
@@ -169,7 +194,6 @@ def test_silu_attention_equals_naive(lengths, mask):
 )
 def test_sampled_softmax_equals_naive(tokens, negatives, unique, width):
     from grzoo.models.ops.sampled_softmax import sampled_softmax_loss_naive
-    from grzoo.models.ops.sampled_softmax.triton import sampled_softmax_loss_triton
 
     torch.manual_seed(0)
     query, rows = (torch.randn(n, width, requires_grad=True) for n in (tokens, unique))
