@@ -39,7 +39,8 @@ class DynamicEmbeddingCollection(nn.Module):
     """Embedding tables that grow: any int64 is a valid id, a row is born when training first sees its id.
 
     A module without parameters and buffers: `train()`/`eval()` reach it, while `state_dict()`, `.to()`, dtype casts,
-    DDP and ZeRO do not. Tables of one width, precision and placement are merged into one physical one.
+    DDP and ZeRO do not. Tables of one width, precision and placement are merged into one physical one, those with
+    policies and those that only track their use apart.
     With a process group each rank owns the ids that hash to it, and lookups are collective.
 
     Args:
@@ -238,7 +239,7 @@ class DynamicEmbeddingCollection(nn.Module):
             values: as `export_rows` gives them; ids distinct. What is absent starts as in a new row, used just now. A
                 last use that is later than `clock`, as of tables that trained longer, counts as just now.
 
-        Raises ValueError for shapes, dtypes, names or repeated ids that do not fit.
+        Raises ValueError for shapes, dtypes, names, steps or repeated ids that do not fit.
         """
         physical, position = self._place(table)
         ids = physical.check_import(table, values)
@@ -411,6 +412,8 @@ class DynamicEmbeddingCollection(nn.Module):
         return twin
 
     def extra_repr(self) -> str:
+        if any(table.is_closed for table in self.physical):
+            return "closed"
         tables = ", ".join(f"{c.name}: [{self.num_rows(c.name)}, {c.embedding_dim}]" for c in self.tables.values())
         return f"{tables}; features={list(self.features)}"
 

@@ -138,7 +138,9 @@ def _drop_oldest_half(log: "PhysicalTable") -> None:
 def drain_evicted(collection: "DynamicEmbeddingCollection", table: str) -> EvictedIds:
     """See `DynamicEmbeddingCollection.drain_evicted`."""
     position, logical = collection.places[table]
-    log = collection.physical[position].side.get("evicted")
+    physical = collection.physical[position]
+    physical.check_open()
+    log = physical.side.get("evicted")
     if log is None:
         empty = torch.empty(0, dtype=torch.int64, device=HOST)
         return EvictedIds(empty, empty, 0)

@@ -15,7 +15,8 @@ from .config import TableConfig
 from .files import DamagedFile, Fingerprint, fingerprint
 from .hashing import HASH_VERSION, NUM_BUCKETS, bucket, bucket_range
 from .index import describe_optimizer, read_index, shard_files
-from .kernels import Slot
+from .kernels import STEP_SLOT, Slot
+from .kernels.base import check_steps
 from .policy_files import NO_POLICIES, SIDE_COLUMNS, restore_policy_state, wanted_sides
 from .shards import IDS, OFFSETS, Column, column_shape
 from .shared_rows import SHARED_FILE, load_shared
@@ -263,6 +264,8 @@ class _Target:
 
     def write(self, column: str, values: Tensor, at: int) -> None:
         """Fill a column of the rows `at` and following of the shard."""
+        if column == STEP_SLOT:
+            check_steps(f"table {self.name!r} in the files", values)
         start = at - self.rows[0]
         self.table.write_column(column, self.handles[start : start + len(values)], values)
 

@@ -55,7 +55,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             {"params": [torch.nn.Parameter(torch.empty(0, device="cpu"))], "name": name, "lr": rates[name], "steps": 0}
             for name in collection.table_names
         ]
-        super().__init__(groups, {"lr": 0.0, **defaults})
+        super().__init__(groups[:1], {"lr": 0.0, **defaults})
+        # As add_param_group, which would compare the params of each group with those of all before it.
+        self.param_groups += [self.defaults | group for group in groups[1:]]
         self.collection = collection
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0

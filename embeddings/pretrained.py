@@ -1,13 +1,16 @@
 """Initial values from a file: {"ids": int64 [n], "rows": float32 [n, dim]} in safetensors."""
 
-import functools
 import os
+import weakref
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+# By (path, time, size): tables that start from one file share its vectors for as long as one of them holds them.
+_loaded: "weakref.WeakValueDictionary[tuple[str, int, int], PretrainedRows]" = weakref.WeakValueDictionary()
 
 
 class PretrainedRows:
@@ -26,7 +29,7 @@ class PretrainedRows:
 
 
 def load_pretrained(file: str, dim: int, table: str) -> PretrainedRows:
-    """Return the vectors of a file for a table of width `dim`; read once while the file stays the same.
+    """Return the vectors of a file for a table of width `dim`; those that another table holds, if the file is the same.
 
     Raises ValueError when it is missing, no safetensors file, lacks "ids" or "rows" of their dtypes and shapes, has
     rows of another width or values that are not finite, or repeats an id.
@@ -34,16 +37,17 @@ def load_pretrained(file: str, dim: int, table: str) -> PretrainedRows:
     where = f"pretrained rows of table {table!r} in {file}"
     try:
         status = os.stat(file)
-        pretrained = _load(str(Path(file).resolve()), status.st_mtime_ns, status.st_size)
+        key = str(Path(file).resolve()), status.st_mtime_ns, status.st_size
+        pretrained = _loaded.get(key) or _load(file)
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     if pretrained.rows.shape[1] != dim:
         raise ValueError(f"{where} have width {pretrained.rows.shape[1]}, embedding_dim is {dim}")
+    _loaded[key] = pretrained
     return pretrained
 
 
-@functools.lru_cache(maxsize=8)
-def _load(file: str, modified: int, size: int) -> PretrainedRows:
+def _load(file: str) -> PretrainedRows:
     tensors = load_file(file)
     if missing := {"ids", "rows"} - set(tensors):
         raise ValueError(f"the file lacks {sorted(missing)}: it holds {sorted(tensors)}")

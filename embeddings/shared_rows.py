@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import TableConfig
 from .kernels import STEP_SLOT, RowInit, Slot, get_backend
+from .kernels.base import check_steps
 from .kernels.rounding import row_keys, table_keys
 
 if TYPE_CHECKING:
@@ -116,4 +117,6 @@ def load_shared(
                 raise ValueError(
                     f"{part!r} of the shared row of table {name!r} in {file} has shape {list(value.shape)}"
                 )
+        if state:
+            check_steps(f"the shared row of table {name!r} in {file}", values[STEP_SLOT])
         shared.write(logical, values)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .config import TableConfig
 from .kernels import STEP_SLOT, Backend, HasInitialRows, RowInit, Slot, TableStorage, placed_backend
+from .kernels.base import check_steps
 from .kernels.rounding import row_keys, table_keys
 from .policies import initial_rows, row_init
 from .pretrained import PretrainedRows, load_pretrained
@@ -43,12 +44,14 @@ class PhysicalTable:
         self._storage: TableStorage | None = None
         self._is_shared = False  # the storage never changes and may serve copies of this table too
         self._shared: SharedRows | None = None
+        self._pretrained_rows: dict[int, PretrainedRows] | None = None  # by logical table; None: not read yet
         self._closed = False
 
     def empty_like(self) -> "PhysicalTable":
         """Return a table of the same layout without rows."""
         table = PhysicalTable(self.configs, seed=self._seed, backend=self._backend_name)
         table.slots = self.slots
+        table._pretrained_rows = self._pretrained_rows
         return table
 
     def copy(self) -> "PhysicalTable":
@@ -73,6 +76,7 @@ class PhysicalTable:
         with the step; "pinned": ids that eviction passes over.
         """
         assert name in SIDE_TABLES
+        self.check_open()
         if name not in self.side:
             zero = {"kind": "constant", "value": 0.0}
             common: dict[str, Any] = {"initializer": zero, "track_use": True, "placement": self.placement}
@@ -119,12 +123,21 @@ class PhysicalTable:
     @property
     def storage(self) -> TableStorage:
         """The rows. Raises RuntimeError after `close`."""
-        if self._closed:
-            raise RuntimeError("this embedding table was closed")
+        self.check_open()
         if self._storage is None:
             self._storage = self.backend.create(self.dim, self._laws(), self.rounding)
             self._storage.set_slots([*self.slots, *self.use_slots])
         return self._storage
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def check_open(self) -> None:
+        """Raise RuntimeError after `close`."""
+        if self._closed:
+            raise RuntimeError("this embedding table was closed")
 
     def use_storage(self, storage: TableStorage) -> None:
         """Take the rows of a storage that never changes, into a table that has none; copies share it."""
@@ -133,7 +146,11 @@ class PhysicalTable:
 
     @property
     def shared(self) -> SharedRows | None:
-        """The rows of logical tables whose unknown ids share one, made at first use; None when no table has it."""
+        """The rows of logical tables whose unknown ids share one, made at first use; None when no table has it.
+
+        Raises RuntimeError after `close`.
+        """
+        self.check_open()
         if self._shared is None and any(config.unknown == "shared" for config in self.configs):
             self._shared = SharedRows(self.configs, self._laws("/shared"))
             self._shared.set_slots(self.slots)
@@ -153,15 +170,22 @@ class PhysicalTable:
         return table_keys(self._laws()).to(self.device)
 
     def _pretrained(self) -> dict[int, PretrainedRows]:
-        """The vectors of the logical tables that start from a file."""
-        return {
-            logical: load_pretrained(config.initializer["file"], self.dim, config.name)
-            for logical, config in enumerate(self.configs)
-            if config.initializer["kind"] == "pretrained"
-        }
+        """The vectors of the logical tables that start from a file, read at first use."""
+        if self._pretrained_rows is None:
+            self._pretrained_rows = {
+                logical: load_pretrained(config.initializer["file"], self.dim, config.name)
+                for logical, config in enumerate(self.configs)
+                if config.initializer["kind"] == "pretrained"
+            }
+        return self._pretrained_rows
+
+    @functools.cached_property
+    def _has_pretrained(self) -> bool:
+        return any(config.initializer["kind"] == "pretrained" for config in self.configs)
 
     def set_slots(self, slots: Sequence[Slot]) -> None:
         """Set the layout of the optimizer state (see TableStorage.set_slots)."""
+        self.check_open()
         if self._storage is not None:
             self._storage.set_slots([*slots, *self.use_slots])
         self.slots = tuple(slots)
@@ -181,7 +205,7 @@ class PhysicalTable:
         """Free the rows; use after it raises RuntimeError."""
         if self._storage is not None and not self._is_shared:
             self._storage.close()
-        self._storage, self._shared, self._closed = None, None, True
+        self._storage, self._shared, self._pretrained_rows, self._closed = None, None, None, True
         for side in self.side.values():
             side.close()
 
@@ -198,10 +222,13 @@ class PhysicalTable:
         if not insert:
             return self.storage.find(tables, ids), 0
         self._rows_by_table = None
-        pretrained = self._pretrained()
-        if not pretrained:
+        if not self._has_pretrained:
             return self.storage.find_or_insert(tables, ids)
-        new = self.storage.find(tables, ids) < 0
+        handles = self.storage.find(tables, ids)
+        new = handles < 0
+        if not new.any():
+            return handles, 0
+        pretrained = self._pretrained()  # before anything is inserted: it may raise
         handles, inserted = self.storage.find_or_insert(tables, ids)
         for logical, vectors in pretrained.items():
             mine = new & (tables == logical)
@@ -353,7 +380,7 @@ class PhysicalTable:
         self.storage.write(tables, ids, values, slots | {STEP_SLOT: step.reshape(count, 1)})
 
     def check_import(self, table: str, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the ids of rows to be written; ValueError for a name, dtype, shape or repeated id that is wrong."""
+        """Return the ids of rows to be written; ValueError for a name, dtype, shape, step or id that is wrong."""
         if missing := {"ids", "rows"} - set(values):
             raise ValueError(f"rows for table {table!r} lack {sorted(missing)}")
         n = len(values["ids"])
@@ -369,6 +396,8 @@ class PhysicalTable:
                 raise ValueError(
                     f"{name!r} of table {table!r} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
                 )
+        if STEP_SLOT in values:
+            check_steps(f"table {table!r}", values[STEP_SLOT])
         ids = values["ids"]
         if len(torch.unique(ids)) != n:
             raise ValueError(f"ids for table {table!r} are not distinct")

@@ -15,7 +15,17 @@ from torch import Tensor
 
 STEP_SLOT = "step"  # int32 [n, 1], always present: how many updates the row has had
 ROUNDINGS = ("stochastic", "nearest")  # of updates to bfloat16 rows
-RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
+MAX_STEP = 2**31 - 2  # where the count of updates of a row stays
+
+
+def check_steps(where: str, steps: Tensor) -> None:
+    """Raise ValueError for steps int32 [n] that no row can have."""
+    wrong = steps[(steps < 0) | (steps > MAX_STEP)]
+    if len(wrong):
+        raise ValueError(
+            f"{STEP_SLOT!r} of {where} has {int(wrong[0])}: it counts the updates of a row, 0 to {MAX_STEP}; leave it out, "
+            "or load with state=False, to start afresh"
+        )
 
 
 class BackendUnavailable(RuntimeError):
@@ -116,9 +126,9 @@ class TableStorage(Protocol):
     def update(self, rule: str, handles: Tensor, grads: Tensor, keys: Tensor | None = None, **hyper: float) -> None:
         """Apply one optimizer step to rows, in place.
 
-        `rule` is one of RULES, with the formulas, slots and hyperparameters of `kernels/rules.py`; `grads` is float32
-        [n, dim]; handles are valid and distinct. The step slot of each row is increased by one first. The result goes
-        to bfloat16 rows by `kernels/rounding.py`; `keys` int64 [n] are those of the rows where that is stochastic.
+        `rule` is one of RULES in `kernels/rules.py`, with its formulas, slots and hyperparameters; `grads` is float32
+        [n, dim]; handles are valid and distinct. The step slot of each row is increased by one first, until it is
+        MAX_STEP. The result goes to bfloat16 rows by `kernels/rounding.py`; `keys` int64 [n] are those of the rows where that is stochastic.
         """
 
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:

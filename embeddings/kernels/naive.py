@@ -6,9 +6,9 @@ import torch
 from grzoo.embeddings.policies import initial_rows
 from torch import Tensor
 
-from .base import ROUNDINGS, STEP_SLOT, Backend, RowInit, Slot, TableStorage, Unique
+from .base import MAX_STEP, ROUNDINGS, STEP_SLOT, Backend, RowInit, Slot, TableStorage, Unique
 from .rounding import round_stochastic
-from .rules import APPLY
+from .rules import RULES, check_hyper
 
 _FIRST_CAPACITY = 64
 
@@ -121,10 +121,12 @@ class NaiveStorage(TableStorage):
 
     def update(self, rule: str, handles: Tensor, grads: Tensor, keys: Tensor | None = None, **hyper: float) -> None:
         assert self._open_index is not None
+        check_hyper(rule, hyper)
         rows = self._rows.index_select(0, handles).float()
         slots = {name: values.index_select(0, handles) for name, values in self._slots.items()}
-        steps = slots[STEP_SLOT].add_(1)
-        APPLY[rule](rows, grads, slots, steps.long(), **hyper)
+        steps = slots[STEP_SLOT]
+        steps += steps < MAX_STEP
+        RULES[rule].apply(rows, grads, slots, steps.long(), **hyper)
         if self._rounding == "stochastic":
             assert keys is not None
             rows = round_stochastic(rows, keys, steps.flatten().long())

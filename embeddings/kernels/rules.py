@@ -11,7 +11,8 @@ rows without a gradient in a step see neither decay nor momentum. weight_decay =
     adam, adamw      exp_avg (dim), exp_avg_sq (dim)        lr, beta1, beta2, eps, weight_decay, step
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,32 @@ def adamw(p: Tensor, g: Tensor, slots: Slots, t: Tensor, *, lr: float, weight_de
     adam(p, g, slots, t, lr=lr, weight_decay=0.0, **hyper)
 
 
-APPLY: dict[str, Callable[..., None]] = {
-    "sgd": sgd, "adagrad": adagrad, "rowwise_adagrad": rowwise_adagrad, "adam": adam, "adamw": adamw,
-}  # fmt: skip
+class Rule(NamedTuple):
+    """What every backend must know of a rule."""
+
+    apply: Callable[..., None]  # its definition
+    slots: tuple[str, ...]
+    hyper: frozenset[str]
+
+
+_ADAM = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay", "step"})
+RULES = {  # in the order of their numbers in host/src/grzoo_host.h
+    "sgd": Rule(sgd, ("momentum_buffer",), frozenset({"lr", "momentum", "weight_decay"})),
+    "adagrad": Rule(adagrad, ("sum",), frozenset({"lr", "eps"})),
+    "rowwise_adagrad": Rule(rowwise_adagrad, ("sum",), frozenset({"lr", "eps"})),
+    "adam": Rule(adam, ("exp_avg", "exp_avg_sq"), _ADAM),
+    "adamw": Rule(adamw, ("exp_avg", "exp_avg_sq"), _ADAM),
+}
+
+
+def check_hyper(rule: str, hyper: Collection[str]) -> None:
+    """Raise ValueError for an unknown rule and TypeError for hyperparameters that are not those of the rule."""
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}: use one of {tuple(RULES)}")
+    if set(hyper) != RULES[rule].hyper:
+        raise TypeError(f"{rule} takes exactly {sorted(RULES[rule].hyper)}, not {sorted(hyper)}")
+
+
+def slots_of(rule: str, hyper: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the names of the slots that a rule reads and writes."""
+    return () if rule == "sgd" and hyper["momentum"] == 0 else RULES[rule].slots

@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from grzoo.embeddings.kernels import BackendUnavailable, RowInit, Slot, TableStorage, get_backend
-from grzoo.embeddings.kernels.base import RULES
 from grzoo.embeddings.kernels.naive import NaiveStorage
+from grzoo.embeddings.kernels.rules import RULES
 from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -328,7 +328,7 @@ def test_a_forked_child_makes_its_own_threads(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", list(RULES))
 @pytest.mark.parametrize("dim", [1, 7, 64])
 def test_updates_equal_the_naive_rules(name: str, dim: int, isa: str, threads: int) -> None:
     library().grzoo_set_isa(isa.encode())
@@ -372,7 +372,7 @@ def test_hyperparameters_equal_the_naive_rules(name: str, change: dict[str, floa
     assert_close(rows[0], rows[1])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", list(RULES))
 def test_updates_have_the_same_bits_on_every_instruction_set(name: str) -> None:
     tables, ids = pairs(500)
     grads = torch.randn(500, 37, generator=torch.Generator().manual_seed(1))
@@ -471,7 +471,7 @@ class Twins(RuleBasedStateMachine):
 
     dim = 5
 
-    @initialize(layout=st.sampled_from(RULES), threads=st.sampled_from(["1", "2", "5"]))
+    @initialize(layout=st.sampled_from(list(RULES)), threads=st.sampled_from(["1", "2", "5"]))
     def start(self, layout: str, threads: str) -> None:
         os.environ["GRZOO_NUM_THREADS"] = threads
         self.rule_name = layout

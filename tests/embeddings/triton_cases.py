@@ -10,9 +10,9 @@ import pytest
 import torch
 from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, SparseAdamW, TableConfig
 from grzoo.embeddings.kernels import RowInit, Slot, TableStorage, get_backend
-from grzoo.embeddings.kernels.base import RULES
 from grzoo.embeddings.kernels.naive import NaiveStorage
 from grzoo.embeddings.kernels.rounding import row_keys, table_keys
+from grzoo.embeddings.kernels.rules import RULES
 from grzoo.embeddings.kernels.triton.function_kernels import claim_first_kernel
 from grzoo.embeddings.kernels.triton.launch import blocks, default_device
 from grzoo.embeddings.kernels.triton.storage import TritonStorage
@@ -235,7 +235,7 @@ def test_slots_change_after_insertion() -> None:
             assert torch.equal(table.gather_slot(name, a), naive.gather_slot(name, b)), name
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", list(RULES))
 @pytest.mark.parametrize("dim", [1, 7, 32])
 def test_updates_equal_the_naive_rules(name: str, dim: int) -> None:
     storages = table, naive = twins(dim, rule_slots(name, dim))
@@ -410,7 +410,7 @@ class Twins(RuleBasedStateMachine):
     dim = 5
     batches = {"seed": st.integers(0, 2**31), "n": st.sampled_from([0, 1, 7, 40, 250])}
 
-    @initialize(layout=st.sampled_from(RULES))
+    @initialize(layout=st.sampled_from(list(RULES)))
     def start(self, layout: str) -> None:
         self.rule_name = layout
         self.storages: tuple[TableStorage, ...] = twins(self.dim, rule_slots(layout, self.dim))

@@ -38,6 +38,7 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
         [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int],
     ),
     "storage_new": (c_int, [c_int64, c_int, POINTER(c_void_p)]),
+    "storage_close": (None, [c_void_p]),
     "storage_free": (None, [c_void_p]),
     "storage_initializer": (c_int, [c_void_p, c_int32, c_int, c_int64, c_float, c_void_p]),
     "storage_set_slots": (c_int, [c_void_p, c_int64, _COUNT, POINTER(c_float), _COUNT]),

@@ -5,34 +5,22 @@ from collections.abc import Mapping, Sequence
 from ctypes import byref, c_float, c_int64, c_void_p
 
 import torch
-from grzoo.embeddings.kernels.base import ROUNDINGS, RULES, STEP_SLOT, RowInit, Slot, TableStorage
+from grzoo.embeddings.kernels.base import ROUNDINGS, STEP_SLOT, RowInit, Slot, TableStorage
+from grzoo.embeddings.kernels.rules import RULES, check_hyper, slots_of
 from torch import Tensor
 
 from .buffers import empty_rows
 from .library import Hyper, call, library, num_threads, pointer
 
 _KINDS = {"constant": 0, "uniform": 1, "quantile": 2}  # as in src/grzoo_host.h
-_RULE_NUMBER = {name: number for number, name in enumerate(RULES)}
-_HYPER = {
-    "sgd": {"lr", "momentum", "weight_decay"},
-    "adagrad": {"lr", "eps"},
-    "rowwise_adagrad": {"lr", "eps"},
-    "adam": {"lr", "beta1", "beta2", "eps", "weight_decay", "step"},
-    "adamw": {"lr", "beta1", "beta2", "eps", "weight_decay", "step"},
-}
-_RULE_SLOTS = {
-    "sgd": ("momentum_buffer",),
-    "adagrad": ("sum",),
-    "rowwise_adagrad": ("sum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
+_RULE_NUMBER = {name: number for number, name in enumerate(RULES)}  # as in src/grzoo_host.h
+_CLOSED = "this embedding table was closed"
 
 
 class HostStorage(TableStorage):
     """A handle is a row number; rows with their state lie in chunks of a few megabytes that never move.
 
-    Results do not depend on the number of threads. Calls from several threads wait for each other.
+    Results do not depend on the number of threads. Calls from several threads wait for each other, `close` too.
     `MemoryError` is raised, with the table unchanged, before growth takes what the machine needs to live.
     """
 
@@ -42,8 +30,9 @@ class HostStorage(TableStorage):
         address = c_void_p()
         call("storage_new", dim, int(rounding is not None), byref(address))
         self._dim = dim
-        self._address: c_void_p | None = address
-        self._finalizer = weakref.finalize(self, library().grzoo_storage_free, address)
+        self._address, self._closed = address, False
+        # Not in `close`: another thread may be in a call. Nor at exit, where such a thread may still run.
+        weakref.finalize(self, library().grzoo_storage_free, address).atexit = False
         self._quantiles = [init.quantiles for init in inits]  # the kernels read them for as long as the storage lives
         self._layout: list[Slot] = []
         for table, init in enumerate(inits):
@@ -59,8 +48,8 @@ class HostStorage(TableStorage):
 
     @property
     def _open(self) -> c_void_p:
-        if self._address is None:
-            raise RuntimeError("this embedding table was closed")
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         return self._address
 
     def set_slots(self, slots: Sequence[Slot]) -> None:
@@ -169,14 +158,20 @@ class HostStorage(TableStorage):
         call("storage_write", storage, *self._pairs(tables, ids), n, source, pointers, steps, num_threads())
 
     def __len__(self) -> int:
-        return int(library().grzoo_storage_size(self._open))
+        return self._number("storage_size")
 
     def memory_bytes(self) -> int:
-        return int(library().grzoo_storage_bytes(self._open))
+        return self._number("storage_bytes")
 
     def close(self) -> None:
-        self._address = None
-        self._finalizer()
+        self._closed = True
+        library().grzoo_storage_close(self._address)  # waits for calls of other threads that have begun
+
+    def _number(self, name: str) -> int:
+        number = int(getattr(library(), f"grzoo_{name}")(self._open))
+        if number < 0:  # closed since
+            raise RuntimeError(_CLOSED)
+        return number
 
     def _pairs(self, tables: Tensor, ids: Tensor) -> tuple[int | None, int | None]:
         n = len(ids)
@@ -192,10 +187,6 @@ class HostStorage(TableStorage):
         raise KeyError(name)
 
     def _rule(self, rule: str, hyper: dict[str, float]) -> tuple[int, object, Hyper]:
-        if rule not in RULES:
-            raise ValueError(f"unknown rule {rule!r}: use one of {RULES}")
-        if set(hyper) != _HYPER[rule]:
-            raise TypeError(f"{rule} takes exactly {sorted(_HYPER[rule])}, not {sorted(hyper)}")
-        names = () if rule == "sgd" and hyper["momentum"] == 0 else _RULE_SLOTS[rule]
-        slots = (c_int64 * 2)(*(self._slot(name) for name in names))
+        check_hyper(rule, hyper)
+        slots = (c_int64 * 2)(*(self._slot(name) for name in slots_of(rule, hyper)))
         return _RULE_NUMBER[rule], slots, Hyper(**hyper)

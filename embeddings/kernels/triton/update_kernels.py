@@ -22,16 +22,17 @@ def start(handles, n, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["n"])
 def count_kernel(
     step_chunks, handles, corrections, lr, step, log_beta1, log_beta1_rest, log_beta2, log_beta2_rest, n,
-    ADAM: tl.constexpr, GLOBAL: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr,
+    ADAM: tl.constexpr, GLOBAL: tl.constexpr, MAX: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Increase the step of each row; with ADAM, corrections[i] = (lr / (1 - beta1^t), sqrt(1 - beta2^t)).
+    """Increase the step of each row, up to MAX; with ADAM, corrections[i] = (lr / (1 - beta1^t), sqrt(1 - beta2^t)).
 
     corrections: float32 [n, 2]. t is `step` with GLOBAL, else the row's own. In float64, as 1 - beta^t loses its
     digits in float32; the logarithms come in two float32 parts. One lane per row: in the update kernel many share one.
     """
     i, live, handle = start(handles, n, ROWS)
     pointer = row_pointers(step_chunks, handle, live, tl.int32, 1, SHIFT)
-    steps = tl.load(pointer, mask=live, other=0) + 1
+    steps = tl.load(pointer, mask=live, other=0)
+    steps += (steps < MAX).to(tl.int32)
     tl.store(pointer, steps, mask=live)
     if ADAM:
         clock = steps.to(tl.float64)

@@ -4,20 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from grzoo.embeddings.kernels.base import STEP_SLOT
+from grzoo.embeddings.kernels.base import MAX_STEP, STEP_SLOT
+from grzoo.embeddings.kernels.rules import check_hyper
 from torch import Tensor
 
 from . import update_kernels as kernels
 from .chunks import Chunks
 from .launch import WIDER, blocks, on
 
-HYPER = {
-    "sgd": {"lr", "momentum", "weight_decay"},
-    "adagrad": {"lr", "eps"},
-    "rowwise_adagrad": {"lr", "eps"},
-    "adam": {"lr", "beta1", "beta2", "eps", "weight_decay", "step"},
-    "adamw": {"lr", "beta1", "beta2", "eps", "weight_decay", "step"},
-}
 _LANES = 128 * WIDER
 
 
@@ -26,10 +20,7 @@ def apply(rule: str, rows: Chunks, slots: Mapping[str, Chunks], handles: Tensor,
 
     Raises ValueError for an unknown rule and TypeError for hyperparameters that are not those of the rule.
     """
-    if rule not in HYPER:
-        raise ValueError(f"unknown rule {rule!r}: use one of {sorted(HYPER)}")
-    if set(hyper) != HYPER[rule]:
-        raise TypeError(f"{rule} takes exactly {sorted(HYPER[rule])}, not {sorted(hyper)}")
+    check_hyper(rule, hyper)
     if len(handles) == 0:
         return
     with on(rows.device):
@@ -45,7 +36,7 @@ def _count(steps: Chunks, handles: Tensor, corrections: Tensor | None = None, *s
     scalars = scalars or (0.0,) * 6  # lr, step, logarithms of the betas
     args = steps.pointers, handles, handles if corrections is None else corrections, *scalars, n
     kinds = {"ADAM": corrections is not None, "GLOBAL": scalars[1] > 0}
-    kernels.count_kernel[blocks(n, _LANES)](*args, **kinds, SHIFT=steps.shift, ROWS=_LANES)
+    kernels.count_kernel[blocks(n, _LANES)](*args, **kinds, MAX=MAX_STEP, SHIFT=steps.shift, ROWS=_LANES)
 
 
 def _sgd(

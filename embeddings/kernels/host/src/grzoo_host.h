@@ -1,5 +1,6 @@
 // The plain C interface of the host backend. Pointers are to contiguous memory of the caller; a call returns 0, or a
-// status below after which grzoo_error() holds the message of this thread. Nothing is changed by a call that fails.
+// status below after which grzoo_error() holds the message of this thread. Nothing is changed by a call that fails but
+// what it was to fill.
 #pragma once
 #include <stdint.h>
 
@@ -8,7 +9,7 @@
 extern "C" {
 #endif
 
-enum { GRZOO_OK = 0, GRZOO_INVALID = 1, GRZOO_MEMORY = 2, GRZOO_INTERNAL = 3 };
+enum { GRZOO_OK = 0, GRZOO_INVALID = 1, GRZOO_MEMORY = 2, GRZOO_INTERNAL = 3 };    // the last one also after close
 enum { GRZOO_CONSTANT = 0, GRZOO_UNIFORM = 1, GRZOO_QUANTILE = 2 };
 enum { GRZOO_SGD = 0, GRZOO_ADAGRAD = 1, GRZOO_ROWWISE_ADAGRAD = 2, GRZOO_ADAM = 3, GRZOO_ADAMW = 4 };
 
@@ -43,7 +44,8 @@ int grzoo_unpool_rows(const float* grads, const int64_t* index, int64_t n, const
 
 // bfloat16 != 0: rows are that, state and all that is given and returned is float32
 int grzoo_storage_new(int64_t dim, int bfloat16, GrzooStorage** out);
-void grzoo_storage_free(GrzooStorage* storage);
+void grzoo_storage_close(GrzooStorage* storage);   // frees the rows when the call that runs has ended; calls then fail
+void grzoo_storage_free(GrzooStorage* storage);    // when nobody will call any more
 // value: the float32 factor of the law; quantiles: 65,536 floats that outlive the storage, or null
 int grzoo_storage_initializer(GrzooStorage* storage, int32_t table, int kind, int64_t key, float value,
                               const float* quantiles);
@@ -75,8 +77,8 @@ int grzoo_storage_insert_blank(GrzooStorage* storage, const int32_t* tables, con
 // inserts or overwrites rows with all of their state: slots[k] are the values of slot k
 int grzoo_storage_write(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, const float* rows,
                         const float* const* slots, const int32_t* steps, int threads);
-int64_t grzoo_storage_size(GrzooStorage* storage);
-int64_t grzoo_storage_bytes(GrzooStorage* storage);
+int64_t grzoo_storage_size(GrzooStorage* storage);     // -1 after close
+int64_t grzoo_storage_bytes(GrzooStorage* storage);    // -1 after close
 
 #ifdef __cplusplus
 }

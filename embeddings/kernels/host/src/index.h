@@ -47,19 +47,19 @@ public:
         }
     }
 
+    // The bytes by which `reserve` would make every segment larger.
+    int64_t growth(int64_t more) const {
+        int64_t slots = 0;
+        for (int number = 0; number < kSegments; ++number) slots += grown_to(number, more).capacity - int64_t(segments_[number].capacity);
+        return slots * int64_t(sizeof(Slot));
+    }
+
     // Room for `more` keys in a segment, or OutOfMemory with nothing changed.
     void reserve(int segment_number, int64_t more) {
         Segment& segment = segments_[segment_number];
-        const int64_t needed = segment.size + more;
-        if (needed * 4 <= int64_t(segment.capacity) * 3) return;
-        int generation = segment.generation;
-        int64_t capacity;
-        do capacity = capacity_of(segment_number, generation++);
-        while (needed * 4 > capacity * 3);
-        if (capacity >= int64_t(kAbsent)) throw OutOfMemory("an embedding storage holds at most 2^32 - 2 rows");
-        Segment grown;
-        allocate(grown, static_cast<uint32_t>(capacity));
-        grown.generation = generation;
+        Segment grown = grown_to(segment_number, more);
+        if (grown.capacity == segment.capacity) return;
+        allocate(grown);
         for (uint32_t i = 0; i < segment.capacity; ++i) {
             const Slot& slot = segment.slots[i];
             if (slot.row != kAbsent) place(grown, key_hash(slot.table, slot.id), slot);
@@ -149,12 +149,26 @@ private:
         segment.slots[at] = slot;
     }
 
-    static void allocate(Segment& segment, uint32_t capacity) {
-        const size_t bytes = sizeof(Slot) * capacity;
+    // A segment with room for `more` keys, to be allocated and filled; one of the present capacity where it has that.
+    Segment grown_to(int number, int64_t more) const {
+        const Segment& segment = segments_[number];
+        const int64_t needed = segment.size + more;
+        int64_t capacity = segment.capacity;
+        int generation = segment.generation;
+        while (needed * 4 > capacity * 3) capacity = capacity_of(number, generation++);
+        if (capacity >= int64_t(kAbsent)) throw OutOfMemory("an embedding storage holds at most 2^32 - 2 rows");
+        Segment grown;
+        grown.capacity = static_cast<uint32_t>(capacity);
+        grown.generation = generation;
+        return grown;
+    }
+
+    static void allocate(Segment& segment) {
+        const size_t bytes = sizeof(Slot) * segment.capacity;
+        if (bytes >= kMapFrom) check_room(static_cast<int64_t>(bytes));
         segment.slots = static_cast<Slot*>(bytes < kMapFrom ? malloc(bytes) : map_pages(bytes));
         if (!segment.slots) throw std::bad_alloc();
-        segment.capacity = capacity;
-        for (uint32_t i = 0; i < capacity; ++i) segment.slots[i].row = kAbsent;
+        for (uint32_t i = 0; i < segment.capacity; ++i) segment.slots[i].row = kAbsent;
     }
 
     static void release(Segment& segment) {

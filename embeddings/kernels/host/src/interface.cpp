@@ -1,9 +1,10 @@
 // The C interface: turns exceptions into statuses and holds the lock of a storage during a call.
 #include "grzoo_host.h"
 
-#include <string.h>
+#include <stdio.h>
 
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 
@@ -13,13 +14,19 @@
 #include "memory.h"
 #include "storage.h"
 
-struct GrzooStorage : grzoo::Storage {
-    using grzoo::Storage::Storage;
+struct GrzooStorage {
+    std::mutex mutex;                          // every call holds it
+    std::unique_ptr<grzoo::Storage> table;     // null once closed
 };
 
 namespace {
 
-thread_local std::string message;
+thread_local char message[512];    // no string: it may have to say that there is no memory
+
+int fail(int status, const char* what) {
+    snprintf(message, sizeof message, "%s", what);
+    return status;
+}
 
 template <typename F>
 int guarded(F&& body) {
@@ -27,17 +34,13 @@ int guarded(F&& body) {
         body();
         return GRZOO_OK;
     } catch (const grzoo::InvalidArgument& error) {
-        message = error.what();
-        return GRZOO_INVALID;
+        return fail(GRZOO_INVALID, error.what());
     } catch (const grzoo::OutOfMemory& error) {
-        message = error.what();
-        return GRZOO_MEMORY;
+        return fail(GRZOO_MEMORY, error.what());
     } catch (const std::bad_alloc&) {
-        message = "the system refused memory for the work of an embedding operation";
-        return GRZOO_MEMORY;
+        return fail(GRZOO_MEMORY, "the system refused memory for the work of an embedding operation");
     } catch (const std::exception& error) {
-        message = error.what();
-        return GRZOO_INTERNAL;
+        return fail(GRZOO_INTERNAL, error.what());
     }
 }
 
@@ -45,7 +48,8 @@ template <typename F>
 int locked(GrzooStorage* storage, F&& body) {
     return guarded([&] {
         std::lock_guard<std::mutex> lock(storage->mutex);
-        body();
+        if (!storage->table) throw std::runtime_error("this embedding table was closed");
+        body(*storage->table);
     });
 }
 
@@ -53,7 +57,7 @@ int locked(GrzooStorage* storage, F&& body) {
 
 extern "C" {
 
-const char* grzoo_error(void) { return message.c_str(); }
+const char* grzoo_error(void) { return message; }
 const char* grzoo_isa(void) { return grzoo::kernels().name; }
 
 int grzoo_set_isa(const char* name) {
@@ -97,114 +101,119 @@ int grzoo_unpool_rows(const float* grads, const int64_t* index, int64_t n, const
 int grzoo_storage_new(int64_t dim, int bfloat16, GrzooStorage** out) {
     return guarded([&] {
         if (dim <= 0) throw grzoo::InvalidArgument("the width of a row is " + std::to_string(dim) + ": it must be positive");
-        *out = new GrzooStorage(dim, bfloat16 != 0);
+        auto made = std::make_unique<GrzooStorage>();
+        made->table = std::make_unique<grzoo::Storage>(dim, bfloat16 != 0);
+        *out = made.release();
     });
+}
+
+void grzoo_storage_close(GrzooStorage* storage) {
+    std::lock_guard<std::mutex> lock(storage->mutex);
+    storage->table.reset();
 }
 
 void grzoo_storage_free(GrzooStorage* storage) { delete storage; }
 
 int grzoo_storage_initializer(GrzooStorage* storage, int32_t table, int kind, int64_t key, float value, const float* quantiles) {
-    return locked(storage, [&] {
+    return locked(storage, [&](grzoo::Storage& rows) {
         if (kind < GRZOO_CONSTANT || kind > GRZOO_QUANTILE || (kind == GRZOO_QUANTILE && !quantiles))
             throw grzoo::InvalidArgument("no initial law of kind " + std::to_string(kind));
-        storage->set_initializer(table, {kind, static_cast<uint64_t>(key), value, quantiles});
+        rows.set_initializer(table, {kind, static_cast<uint64_t>(key), value, quantiles});
     });
 }
 
 int grzoo_storage_set_slots(GrzooStorage* storage, int64_t count, const int64_t* widths, const float* fills, const int64_t* previous) {
-    return locked(storage, [&] {
+    return locked(storage, [&](grzoo::Storage& table) {
         std::vector<grzoo::Rows::NewSlot> slots;
         for (int64_t k = 0; k < count; ++k) {
-            if (previous[k] >= 0 && storage->slot(previous[k]).width != widths[k])
+            if (previous[k] >= 0 && table.slot(previous[k]).width != widths[k])
                 throw grzoo::InvalidArgument("a slot that keeps its values keeps its width");
             slots.push_back({widths[k], fills[k], previous[k]});
         }
-        storage->set_slots(slots);
+        table.set_slots(slots);
     });
 }
 
 int grzoo_storage_find(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) {
-    return locked(storage, [&] { storage->find(tables, ids, n, handles, threads); });
+    return locked(storage, [&](grzoo::Storage& table) { table.find(tables, ids, n, handles, threads); });
 }
 
 int grzoo_storage_find_or_insert(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles,
                                  int64_t* inserted, int threads) {
-    return locked(storage, [&] { *inserted = storage->find_or_insert(tables, ids, n, handles, threads); });
+    return locked(storage, [&](grzoo::Storage& table) { *inserted = table.find_or_insert(tables, ids, n, handles, threads); });
 }
 
 int grzoo_storage_gather(GrzooStorage* storage, const int64_t* handles, int64_t n, float* out, int threads) {
-    return locked(storage, [&] { storage->gather(handles, n, out, threads); });
+    return locked(storage, [&](grzoo::Storage& table) { table.gather(handles, n, out, threads); });
 }
 
 int grzoo_storage_gather_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, float* out,
                               int threads) {
-    return locked(storage, [&] {
-        storage->gather_slot(slot, handles, n, out, threads);
-    });
+    return locked(storage, [&](grzoo::Storage& table) { table.gather_slot(slot, handles, n, out, threads); });
 }
 
 int grzoo_storage_scatter_slot(GrzooStorage* storage, int64_t slot, const int64_t* handles, int64_t n, const float* values,
                                int threads) {
-    return locked(storage, [&] { storage->scatter_slot(slot, handles, n, values, threads); });
+    return locked(storage, [&](grzoo::Storage& table) { table.scatter_slot(slot, handles, n, values, threads); });
 }
 
 int grzoo_storage_scatter(GrzooStorage* storage, const int64_t* handles, int64_t n, const float* rows, int threads) {
-    return locked(storage, [&] { storage->scatter(handles, n, rows, threads); });
+    return locked(storage, [&](grzoo::Storage& table) { table.scatter(handles, n, rows, threads); });
 }
 
 int grzoo_storage_gather_step(GrzooStorage* storage, const int64_t* handles, int64_t n, int32_t* out) {
-    return locked(storage, [&] {
-        storage->check_handles(handles, n, 0);
-        for (int64_t i = 0; i < n; ++i) out[i] = storage->rows().view().step(handles[i])[0];
+    return locked(storage, [&](grzoo::Storage& table) {
+        table.check_handles(handles, n, 0);
+        for (int64_t i = 0; i < n; ++i) out[i] = table.rows().view().step(handles[i])[0];
     });
 }
 
 int grzoo_storage_scatter_step(GrzooStorage* storage, const int64_t* handles, int64_t n, const int32_t* steps) {
-    return locked(storage, [&] {
-        storage->check_handles(handles, n, 0);
-        for (int64_t i = 0; i < n; ++i) storage->rows().view().step(handles[i])[0] = steps[i];
+    return locked(storage, [&](grzoo::Storage& table) {
+        table.check_handles(handles, n, 0);
+        for (int64_t i = 0; i < n; ++i) table.rows().view().step(handles[i])[0] = steps[i];
     });
 }
 
 int grzoo_storage_erase(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* erased) {
-    return locked(storage, [&] { *erased = storage->erase(tables, ids, n); });
+    return locked(storage, [&](grzoo::Storage& table) { *erased = table.erase(tables, ids, n); });
 }
 
 int grzoo_storage_update(GrzooStorage* storage, int rule, const int64_t* slots, const int64_t* handles, int64_t n,
                          const float* grads, const int64_t* keys, const GrzooHyper* hyper, int threads) {
-    return locked(storage, [&] { storage->update(rule, slots, handles, n, grads, keys, *hyper, threads); });
+    return locked(storage, [&](grzoo::Storage& table) { table.update(rule, slots, handles, n, grads, keys, *hyper, threads); });
 }
 
 int grzoo_storage_keys(GrzooStorage* storage, int32_t* tables, int64_t* ids, int64_t* handles) {
-    return locked(storage, [&] { storage->keys(tables, ids, handles); });
+    return locked(storage, [&](grzoo::Storage& table) { table.keys(tables, ids, handles); });
 }
 
 int grzoo_storage_sorted_keys(GrzooStorage* storage, int32_t table, int64_t* ids, int64_t* handles, int64_t* count) {
-    return locked(storage, [&] { *count = storage->sorted_keys(table, ids, handles); });
+    return locked(storage, [&](grzoo::Storage& rows) { *count = rows.sorted_keys(table, ids, handles); });
 }
 
 int grzoo_storage_reserve(GrzooStorage* storage, int64_t more) {
-    return locked(storage, [&] { storage->reserve(more); });
+    return locked(storage, [&](grzoo::Storage& table) { table.reserve(more); });
 }
 
 int grzoo_storage_insert_blank(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles,
                                int threads) {
-    return locked(storage, [&] { storage->insert_blank(tables, ids, n, handles, threads); });
+    return locked(storage, [&](grzoo::Storage& table) { table.insert_blank(tables, ids, n, handles, threads); });
 }
 
 int grzoo_storage_write(GrzooStorage* storage, const int32_t* tables, const int64_t* ids, int64_t n, const float* rows,
                         const float* const* slots, const int32_t* steps, int threads) {
-    return locked(storage, [&] { storage->write(tables, ids, n, rows, slots, steps, threads); });
+    return locked(storage, [&](grzoo::Storage& table) { table.write(tables, ids, n, rows, slots, steps, threads); });
 }
 
 int64_t grzoo_storage_size(GrzooStorage* storage) {
     std::lock_guard<std::mutex> lock(storage->mutex);
-    return storage->size();
+    return storage->table ? storage->table->size() : -1;
 }
 
 int64_t grzoo_storage_bytes(GrzooStorage* storage) {
     std::lock_guard<std::mutex> lock(storage->mutex);
-    return storage->bytes();
+    return storage->table ? storage->table->bytes() : -1;
 }
 
 }  // extern "C"

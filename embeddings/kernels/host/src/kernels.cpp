@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "bits.h"
 #include "grzoo_host.h"
 
 #ifndef GRZOO_ISA
@@ -19,15 +20,7 @@ namespace {
 
 constexpr int64_t kAhead = 8;            // rows that are prefetched before they are used
 constexpr int64_t kLine = 16;            // floats of a cache line
-
-inline uint64_t mix(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
-}
-
-// Functions that only prefetch are inlined by force: gcc takes a call of one for a call without effect and drops it.
-#define GRZOO_INLINE inline __attribute__((always_inline))
+constexpr int32_t kMaxStep = 2147483646;  // MAX_STEP of kernels/base.py: where the count of updates stays
 
 template <int kWrite>
 GRZOO_INLINE void prefetch_row(const float* row, int64_t floats) {
@@ -97,10 +90,10 @@ inline void store_nearest(Half* __restrict__ out, const float* __restrict__ row,
 inline void store_stochastic(Half* __restrict__ out, const float* __restrict__ row, int64_t dim, uint64_t key, int32_t step,
                              const uint64_t* __restrict__ column_words) {
     const Word* words = reinterpret_cast<const Word*>(row);
-    const uint64_t word = mix(static_cast<uint64_t>(static_cast<int64_t>(step)) + 0x632BE59BD9B4E019ull);
-    const uint64_t base = mix(key + 0x9E3779B97F4A7C15ull + word);
+    const uint64_t word = mix64(static_cast<uint64_t>(static_cast<int64_t>(step)) + 0x632BE59BD9B4E019ull);
+    const uint64_t base = mix64(key + 0x9E3779B97F4A7C15ull + word);
     for (int64_t j = 0; j < dim; ++j)
-        out[j] = static_cast<uint16_t>(rounded(words[j], static_cast<uint32_t>(mix(base + column_words[j]) >> 48)));
+        out[j] = static_cast<uint16_t>(rounded(words[j], static_cast<uint32_t>(mix64(base + column_words[j]) >> 48)));
 }
 
 void store(const RowsView& rows, int64_t h, const float* row) {
@@ -207,15 +200,15 @@ void initial(const InitLaw& law, int64_t id, const uint64_t* column_words, int64
         for (int64_t j = 0; j < dim; ++j) row[j] = law.value;
         return;
     }
-    const uint64_t base = mix(law.key + 0x9E3779B97F4A7C15ull + mix(static_cast<uint64_t>(id) + 0x632BE59BD9B4E019ull));
+    const uint64_t base = mix64(law.key + 0x9E3779B97F4A7C15ull + mix64(static_cast<uint64_t>(id) + 0x632BE59BD9B4E019ull));
     if (law.kind == GRZOO_UNIFORM) {
         for (int64_t j = 0; j < dim; ++j) {
-            const int32_t s = static_cast<int32_t>(mix(base + column_words[j]) >> 40) - (1 << 23);
+            const int32_t s = static_cast<int32_t>(mix64(base + column_words[j]) >> 40) - (1 << 23);
             row[j] = law.value * static_cast<float>(s);
         }
         return;
     }
-    for (int64_t j = 0; j < dim; ++j) row[j] = law.value * law.quantiles[mix(base + column_words[j]) >> 48];
+    for (int64_t j = 0; j < dim; ++j) row[j] = law.value * law.quantiles[mix64(base + column_words[j]) >> 48];
 }
 
 // apply(p, g, rule, h, t) on every row, the step of the row counted first.
@@ -227,7 +220,8 @@ inline void for_each_row(const RowsView& rows, const UpdateRule& rule, const int
     for (int64_t i = begin; i < end; ++i) {
         if (i + kUpdateAhead < end) prefetch_row<1>(rows.record(handles[i + kUpdateAhead]), rows.record_floats);
         const int64_t h = handles[i];
-        const int32_t t = ++rows.step(h)[0];
+        int32_t& step = rows.step(h)[0];
+        const int32_t t = step += step < kMaxStep;
         if (!rows.bfloat16) {
             apply(rows.record(h), grads + i * rows.dim, rule.slots, h, t);
             continue;
@@ -297,9 +291,9 @@ void adam_rows(const RowsView& rows, const UpdateRule& rule, const int64_t* hand
         [&](float* __restrict__ p, const float* __restrict__ g, const SlotPlace* slots, int64_t h, int32_t t) {
             float* __restrict__ m = slots[0].of(rows, h);
             float* __restrict__ v = slots[1].of(rows, h);
-            const Correction c = rule.has_global                ? rule.global
-                                 : t < rule.correction_count ? rule.corrections[t]
-                                                             : rule.correction_of(rule, t);
+            const Correction c = rule.has_global                           ? rule.global
+                                 : uint32_t(t) < rule.correction_count ? rule.corrections[t]
+                                                                       : rule.correction_of(rule, t);
             const float step_size = static_cast<float>(rule.lr_exact / c.first), root = c.root;
             for (int64_t j = 0; j < dim; ++j) {
                 float x = p[j], grad = g[j];

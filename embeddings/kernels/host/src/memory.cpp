@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kUnknown = INT64_MAX;
 std::atomic<int64_t> mapped{0};
+std::atomic<int64_t> untouched{0};
 std::atomic<int64_t> limit{0};
 
 int64_t read_number(const char* path) {
@@ -67,6 +68,8 @@ int64_t reserve_of_machine() {
 
 std::string megabytes(int64_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
 
+}  // namespace
+
 void check_room(int64_t bytes) {
     int64_t cap = limit.load();
     if (cap > 0 && mapped.load() + bytes > cap)
@@ -78,16 +81,14 @@ void check_room(int64_t bytes) {
     if (unchecked.fetch_add(bytes) + bytes < (16 << 20)) return;
     unchecked = 0;
     int64_t available = available_memory();
+    if (available != kUnknown) available -= untouched.load();
     if (available != kUnknown && bytes + reserve > available)
         throw OutOfMemory("embedding storage needs " + megabytes(bytes) + " more, but this machine has " +
                           megabytes(std::max<int64_t>(available, 0)) + " left, of which " + megabytes(reserve) +
                           " are kept free: evict rows, use more ranks or a machine with more memory");
 }
 
-}  // namespace
-
 void* map_pages(size_t bytes) {
-    check_room(static_cast<int64_t>(bytes));
     bool huge = bytes >= kHugePage;
     size_t padded = huge ? bytes + kHugePage : bytes;
     void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -124,5 +125,6 @@ void use_huge_pages(void* address, size_t bytes) noexcept {
 
 int64_t mapped_bytes() noexcept { return mapped.load(); }
 void set_memory_limit(int64_t bytes) noexcept { limit = bytes; }
+void add_untouched(int64_t bytes) noexcept { untouched += bytes; }
 
 }  // namespace grzoo

@@ -4,9 +4,11 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
-#include <vector>
+#include <utility>
 
 namespace grzoo {
 namespace {
@@ -33,7 +35,7 @@ struct Ticket {
 class Pool {
 public:
     void run(int parts, PartFunction function, void* context) {
-        while (static_cast<int>(threads_.size()) < parts - 1) start_thread();
+        while (threads_ < parts - 1 && start_thread()) {}
         function_ = function;
         context_ = context;
         pending_ = parts - 1;
@@ -43,8 +45,16 @@ public:
             std::lock_guard<std::mutex> lock(mutex_);
             wake_.notify_all();
         }
-        function(context, 0);
-        while (take_part()) {}    // of threads that have not come yet
+        do_part(0);
+        while (take_part()) {}    // of threads that have not come yet, or could not be started
+        wait_for_others();
+        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+    }
+
+    std::mutex busy;   // one parallel region at a time
+
+private:
+    void wait_for_others() {
         for (int look = 0; pending_ > 0 && look < kLooks; ++look) pause();
         if (pending_ == 0) return;
         std::unique_lock<std::mutex> lock(mutex_);
@@ -53,19 +63,32 @@ public:
         waits_ = false;
     }
 
-    std::mutex busy;   // one parallel region at a time
+    // Whether the system gave one more thread. Without it others do its parts, the next region asks again.
+    bool start_thread() {
+        try {
+            std::thread([this] { work(); }).detach();   // never joined: they sleep until the process ends
+        } catch (const std::exception&) {
+            return false;
+        }
+        ++threads_;
+        return true;
+    }
 
-private:
-    void start_thread() {
-        threads_.emplace_back([this] { work(); });
-        threads_.back().detach();   // never joined: they sleep until the process ends
+    // A part that throws ends alone: the others still use what is on the caller's stack.
+    void do_part(int part) noexcept {
+        try {
+            function_(context_, part);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (!failure_) failure_ = std::current_exception();
+        }
     }
 
     bool take_part() {
         uint64_t seen = ticket_;
         while (Ticket{seen}.open()) {
             if (!ticket_.compare_exchange_weak(seen, seen + 1)) continue;
-            function_(context_, Ticket{seen}.next());
+            do_part(Ticket{seen}.next());
             if (--pending_ == 0 && waits_) {
                 std::lock_guard<std::mutex> lock(mutex_);
                 done_.notify_one();
@@ -92,7 +115,8 @@ private:
     std::atomic<bool> waits_{false};
     std::mutex mutex_;
     std::condition_variable wake_, done_;
-    std::vector<std::thread> threads_;
+    int threads_ = 0;
+    std::exception_ptr failure_;    // the first one of a region, rethrown when all its parts have ended
     PartFunction function_ = nullptr;
     void* context_ = nullptr;
     uint64_t region_ = 0;
@@ -107,9 +131,10 @@ void forget_pool_in_child() {
     new (&creation) std::mutex();
 }
 
-Pool& pool() {
+// Null where there is no memory for one.
+Pool* pool() {
     Pool* found = current.load(std::memory_order_acquire);
-    if (found) return *found;
+    if (found) return found;
     std::lock_guard<std::mutex> lock(creation);
     found = current.load(std::memory_order_acquire);
     if (!found) {
@@ -118,22 +143,23 @@ Pool& pool() {
             pthread_atfork(nullptr, nullptr, forget_pool_in_child);
             registered = true;
         }
-        found = new Pool();   // never freed: its threads may outlive static destruction
+        found = new (std::nothrow) Pool();   // never freed: its threads may outlive static destruction
         current.store(found, std::memory_order_release);
     }
-    return *found;
+    return found;
 }
 
 }  // namespace
 
 void run_parts(int parts, PartFunction function, void* context) {
-    Pool& shared = pool();
-    std::unique_lock<std::mutex> region(shared.busy, std::try_to_lock);
+    Pool* shared = pool();
+    std::unique_lock<std::mutex> region;
+    if (shared) region = std::unique_lock<std::mutex>(shared->busy, std::try_to_lock);
     if (!region.owns_lock()) {
         for (int part = 0; part < parts; ++part) function(context, part);
         return;
     }
-    shared.run(parts, function, context);
+    shared->run(parts, function, context);
 }
 
 }  // namespace grzoo

@@ -9,7 +9,8 @@ namespace grzoo {
 using PartFunction = void (*)(void* context, int part);
 
 // Calls function(context, 0 .. parts - 1), part 0 in the calling thread; returns when all are done. One region runs at
-// a time: a second caller does its parts alone. The parts must not throw.
+// a time: a second caller does its parts alone, as does one that gets no threads. It throws only what a part has thrown,
+// when all have ended.
 void run_parts(int parts, PartFunction function, void* context);
 
 template <typename F>

@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "common.h"
@@ -24,7 +25,10 @@ Rows::Rows(int64_t dim, bool bfloat16) {
     while ((int64_t(sizeof(float)) * view_.row_floats() << view_.shift) < kChunkBytes && view_.shift < 20) ++view_.shift;
 }
 
-Rows::~Rows() { drop_chunks(); }
+Rows::~Rows() {
+    drop_chunks();
+    add_untouched(-untouched_);
+}
 
 void Rows::drop_chunks() {
     for (float* record : records_) unmap_pages(record, record_bytes());
@@ -35,23 +39,45 @@ int64_t Rows::bytes() const {
     return static_cast<int64_t>(records_.size() * record_bytes() + free_.capacity() * sizeof(uint32_t));
 }
 
-void Rows::add_chunk() {
-    if (records_.size() == records_.capacity()) records_.reserve(2 * records_.size() + 8);
+void Rows::add_chunks(int64_t count) {
+    check_room(count * static_cast<int64_t>(record_bytes()));    // of all: each alone would always fit
+    const size_t wanted = records_.size() + static_cast<size_t>(count);
+    if (wanted > records_.capacity()) records_.reserve(std::max(wanted, 2 * records_.size() + 8));
     view_.records = records_.data();    // before mapping, which may throw: the old array is gone
-    records_.push_back(static_cast<float*>(map_pages(record_bytes())));
+    while (records_.size() < wanted) records_.push_back(static_cast<float*>(map_pages(record_bytes())));
 }
 
-void Rows::reserve(int64_t more) {
+void Rows::count_untouched() {
+    const int64_t begun = (used_ + (int64_t(1) << view_.shift) - 1) >> view_.shift;
+    const int64_t bytes = (static_cast<int64_t>(records_.size()) - begun) * static_cast<int64_t>(record_bytes());
+    if (bytes == untouched_) return;
+    add_untouched(bytes - untouched_);
+    untouched_ = bytes;
+}
+
+int64_t Rows::missing_chunks(int64_t more) const {
     const int64_t needed = used_ + more - static_cast<int64_t>(free_.size());
     if (needed > kMaxRows) throw OutOfMemory("an embedding storage holds at most 2^32 - 2 rows");
-    while (static_cast<int64_t>(records_.size()) << view_.shift < needed) add_chunk();
+    const int64_t chunks = (needed + (int64_t(1) << view_.shift) - 1) >> view_.shift;
+    return std::max<int64_t>(chunks - static_cast<int64_t>(records_.size()), 0);
+}
+
+int64_t Rows::growth(int64_t more) const { return missing_chunks(more) * static_cast<int64_t>(record_bytes()); }
+
+void Rows::reserve(int64_t more) {
+    count_untouched();    // less, since rows were taken out of what was reserved
+    if (const int64_t missing = missing_chunks(more)) add_chunks(missing);
 }
 
 uint32_t Rows::take() {
-    if (free_.empty()) return static_cast<uint32_t>(used_++);
-    const uint32_t row = free_.back();
-    free_.pop_back();
+    const uint32_t row = next();
+    free_.empty() ? void(++used_) : free_.pop_back();
     return row;
+}
+
+void Rows::expect_back(int64_t rows) {
+    const size_t wanted = free_.size() + static_cast<size_t>(rows);
+    if (wanted > free_.capacity()) free_.reserve(std::max(wanted, 2 * free_.capacity()));
 }
 
 void Rows::fill_state(int64_t row) const {
@@ -77,10 +103,11 @@ void Rows::set_slots(const std::vector<NewSlot>& wanted) {
         at += slot.width;
     }
     if (!same) {
-        while (changed.records_.size() < records_.size()) changed.add_chunk();
+        changed.add_chunks(static_cast<int64_t>(records_.size()));
         for (int64_t row = 0; row < used_; ++row) changed.copy_row(*this, row, wanted);
         std::swap(view_, changed.view_);
         records_.swap(changed.records_);
+        count_untouched();
     }
     slots_.swap(changed.slots_);
 }

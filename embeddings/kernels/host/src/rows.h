@@ -21,8 +21,12 @@ public:
     int64_t used() const { return used_; }     // rows that were ever handed out: valid handles are below
     int64_t bytes() const;
 
+    int64_t growth(int64_t more) const;        // the bytes of the chunks that `reserve` would add
     void reserve(int64_t more);                // room for `more` rows, or OutOfMemory with nothing changed
+    void count_untouched();                    // tells memory.h of the chunks of which no row was handed out yet
+    uint32_t next() const { return free_.empty() ? static_cast<uint32_t>(used_) : free_.back(); }    // what take returns
     uint32_t take();                           // one row out of that room
+    void expect_back(int64_t rows);            // makes room to note them; before, give_back may throw
     void give_back(uint32_t row) { free_.push_back(row); }
     void fill_state(int64_t row) const;        // step 0 and the fill value in every slot
 
@@ -34,8 +38,9 @@ public:
     void set_slots(const std::vector<NewSlot>& slots);
 
 private:
-    void add_chunk();
+    void add_chunks(int64_t count);
     void drop_chunks();
+    int64_t missing_chunks(int64_t more) const;
     void copy_row(const Rows& from, int64_t row, const std::vector<NewSlot>& wanted) const;
     size_t record_bytes() const { return sizeof(float) * static_cast<size_t>(view_.record_floats << view_.shift); }
 
@@ -44,6 +49,7 @@ private:
     std::vector<float*> records_;
     std::vector<uint32_t> free_;
     int64_t used_ = 0;
+    int64_t untouched_ = 0;                    // bytes that this has added to those of all
 };
 
 }  // namespace grzoo

@@ -105,20 +105,20 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vec
     for (int segment = 0; segment < Index::kSegments; ++segment)
         if (per_segment[static_cast<size_t>(segment)]) index_.reserve(segment, per_segment[static_cast<size_t>(segment)]);
     const int parts = parts_for(n, threads, kIdsPerThread / 8);
-    std::vector<float> scratch = scratch_rows(rows_.view(), parts);    // before anything is changed: it may throw
+    std::vector<float> scratch = scratch_rows(rows_.view(), parts);    // this and all above may throw, what follows not
     rows_.reserve(n);
-    std::vector<uint32_t> repeated;                                // rows of pairs that came twice in this call
     for (size_t k = 0; k < missing.size(); ++k) {
         if (k + kKeysAhead < missing.size()) index_.prefetch(hashes[k + kKeysAhead]);
         const int64_t i = missing[k];
-        const uint32_t row = rows_.take(), held = index_.insert(hashes[k], tables[i], ids[i], row);
+        const uint32_t row = rows_.next(), held = index_.insert(hashes[k], tables[i], ids[i], row);
         handles[i] = held;
-        if (held == row) continue;
-        repeated.push_back(row);
-        missing[k] = -1;
+        if (held == row) {
+            rows_.take();
+            ++size_;
+        } else {    // the pair came before in this call
+            missing[k] = -1;
+        }
     }
-    for (uint32_t row : repeated) rows_.give_back(row);
-    size_ += n - static_cast<int64_t>(repeated.size());
     if (!initialize) return;
     const RowsView view = rows_.view();
     parallel(parts, [&](int part) {
@@ -134,11 +134,14 @@ void Storage::insert_missing(const int32_t* tables, const int64_t* ids, std::vec
 }
 
 void Storage::reserve(int64_t more) {
-    rows_.reserve(more);
+    if (more <= 0) return;
     // keys fall into the segments at random: the mean and four standard deviations
     const double mean = static_cast<double>(more) / Index::kSegments;
-    if (more > 0)
-        for (int segment = 0; segment < Index::kSegments; ++segment) index_.reserve(segment, static_cast<int64_t>(mean + 4 * sqrt(mean)));
+    const int64_t per_segment = static_cast<int64_t>(mean + 4 * sqrt(mean));
+    check_room(rows_.growth(more) + index_.growth(per_segment));
+    rows_.reserve(more);
+    rows_.count_untouched();    // nobody writes to them now, as after an insertion
+    for (int segment = 0; segment < Index::kSegments; ++segment) index_.reserve(segment, per_segment);
 }
 
 void Storage::insert_blank(const int32_t* tables, const int64_t* ids, int64_t n, int64_t* handles, int threads) {
@@ -168,6 +171,7 @@ void Storage::write(const int32_t* tables, const int64_t* ids, int64_t n, const 
 
 int64_t Storage::erase(const int32_t* tables, const int64_t* ids, int64_t n) {
     check_tables(tables, n);
+    rows_.expect_back(std::min(n, size_));
     int64_t erased = 0;
     for (int64_t i = 0; i < n; ++i) {
         if (i + kKeysAhead < n) index_.prefetch(key_hash(tables[i + kKeysAhead], ids[i + kKeysAhead]));

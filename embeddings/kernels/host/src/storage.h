@@ -2,7 +2,6 @@
 #pragma once
 #include <stdint.h>
 
-#include <mutex>
 #include <vector>
 
 #include "grzoo_host.h"
@@ -42,8 +41,6 @@ public:
     void check_handles(const int64_t* handles, int64_t n, int64_t low) const;
     int64_t size() const { return size_; }
     int64_t bytes() const { return index_.bytes() + rows_.bytes(); }
-
-    std::mutex mutex;        // every call of the C interface holds it
 
 private:
     void check_tables(const int32_t* tables, int64_t n) const;
