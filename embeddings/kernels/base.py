@@ -23,8 +23,8 @@ def check_steps(where: str, steps: Tensor) -> None:
     wrong = steps[(steps < 0) | (steps > MAX_STEP)]
     if len(wrong):
         raise ValueError(
-            f"{STEP_SLOT!r} of {where} has {int(wrong[0])}: it counts the updates of a row, 0 to {MAX_STEP}; leave it out, "
-            "or load with state=False, to start afresh"
+            f"{STEP_SLOT!r} of {where} has {int(wrong[0])}: it counts the updates of a row, 0 to {MAX_STEP}; leave it "
+            "out, or load with state=False, to start afresh"
         )
 
 
@@ -128,7 +128,8 @@ class TableStorage(Protocol):
 
         `rule` is one of RULES in `kernels/rules.py`, with its formulas, slots and hyperparameters; `grads` is float32
         [n, dim]; handles are valid and distinct. The step slot of each row is increased by one first, until it is
-        MAX_STEP. The result goes to bfloat16 rows by `kernels/rounding.py`; `keys` int64 [n] are those of the rows where that is stochastic.
+        MAX_STEP. The result goes to bfloat16 rows by `kernels/rounding.py`; `keys` int64 [n] are those of the rows
+        where that is stochastic.
         """
 
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:

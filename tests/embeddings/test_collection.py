@@ -2,6 +2,8 @@
 
 import copy
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -333,13 +335,49 @@ def test_s20_rows_that_do_not_fit_are_refused(values: dict[str, Tensor], message
         build().import_rows("item", values)
 
 
-def test_use_after_close_raises() -> None:
-    tables = build()
-    look_up(tables, "input_ids", ids(1))
+@pytest.mark.parametrize("backend", ["naive", "host"])
+@pytest.mark.parametrize("step", [-1, 2**31 - 1])
+def test_s20_counts_of_updates_that_no_row_can_have_are_refused(backend: str, step: int) -> None:
+    tables = build(backend=backend)
+    values = {"ids": ids(1), "rows": torch.ones(1, 4), "step": torch.tensor([step], dtype=torch.int32)}
+    with pytest.raises(ValueError, match=f"'step' of table 'item' has {step}: .* leave it out"):
+        tables.import_rows("item", values)
+    assert tables.num_rows() == 0
+
+
+AFTER_CLOSE: dict[str, Callable[[DynamicEmbeddingCollection], object]] = {
+    "forward": lambda tables: look_up(tables, "input_ids", ids(1)),
+    "prepare": lambda tables: tables.prepare([{"input_ids": ids(1)}]),
+    "num_rows": lambda tables: tables.num_rows(),
+    "total_rows": lambda tables: tables.total_rows("item"),
+    "memory_bytes": lambda tables: tables.memory_bytes(),
+    "ids": lambda tables: tables.ids("item"),
+    "export_rows": lambda tables: tables.export_rows("item"),
+    "import_rows": lambda tables: tables.import_rows("item", {"ids": ids(1), "rows": torch.ones(1, 4)}),
+    "shared_row": lambda tables: tables.shared_row("item"),
+    "erase": lambda tables: tables.erase("item", ids(1)),
+    "pin": lambda tables: tables.pin("item", ids(1)),
+    "drain_evicted": lambda tables: tables.drain_evicted("item"),
+    "statistics": lambda tables: tables.statistics(),
+    "attach": lambda tables: SparseAdagrad(tables, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_CLOSE)
+@pytest.mark.parametrize("backend", ["naive", "host"])
+def test_use_after_close_raises(backend: str, name: str) -> None:
+    policies: dict[str, Any] = {"admission": {"min_count": 2}, "eviction": {"kind": "lru", "every": 1}, "max_rows": 9}
+    table = TableConfig(name="item", embedding_dim=4, unknown="shared", **policies)
+    tables = DynamicEmbeddingCollection([table], [FeatureConfig(name="input_ids", table="item")], backend=backend)
+    optimizer = SparseAdagrad(tables, lr=0.1)
+    tables({"input_ids": ids(1, 1)})["input_ids"].sum().backward()
+    optimizer.step()
+    del optimizer
     tables.close()
-    for use in (lambda: look_up(tables, "input_ids", ids(1)), tables.num_rows, lambda: tables.export_rows("item")):
-        with pytest.raises(RuntimeError, match="closed"):
-            use()
+    tables.close()
+    with pytest.raises(RuntimeError, match="closed"), torch.no_grad():
+        AFTER_CLOSE[name](tables)
+    assert "closed" in repr(tables)
 
 
 # ---------------------------------------------------------------------- bad input

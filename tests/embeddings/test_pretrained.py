@@ -1,13 +1,15 @@
 """Initial values from a file: S1, S4, S5, S13 on each backend of host memory."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, SparseAdagrad, TableConfig
+from grzoo.embeddings import pretrained as pretrained_module
 from grzoo.embeddings.io import load_tables, save_tables
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 IDS = torch.tensor([5, -(2**63), 2**63 - 1, 0])
@@ -53,6 +55,24 @@ def test_s4_unknown_initial_is_the_value_of_the_file(file: Path) -> None:
     tables = build(file, unknown="initial").eval()
     unknown = look_up(tables, ASKED)
     assert tables.num_rows() == 0 and torch.equal(unknown, look_up(tables, ASKED, insert=True))
+
+
+def test_vectors_are_read_once_by_all_tables_of_a_file_and_not_for_ids_that_have_rows(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [file, *(tmp_path / f"{k}.safetensors" for k in range(11))]
+    for other in files[1:]:
+        other.write_bytes(file.read_bytes())
+    read: list[str] = []
+    monkeypatch.setattr(pretrained_module, "load_file", lambda path: read.append(path) or load_file(path))
+    many = [build(path) for path in files] + [build(file)]
+    for _ in range(3):
+        for tables in many:
+            look_up(tables, ASKED, insert=True)
+    assert len(read) == len(files)
+    copied = copy.deepcopy(many[0])
+    look_up(copied, torch.tensor([77]), insert=True)
+    assert len(read) == len(files)
 
 
 def test_s13_training_goes_on_from_it_and_erased_rows_start_from_it_again(file: Path) -> None:
