@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from grzoo.embeddings.kernels.base import MAX_STEP
 from triton.backends.compiler import GPUTarget
 
 from . import function_kernels, index_kernels, row_kernels, update_kernels
@@ -75,7 +76,8 @@ def variants(widths: Sequence[int] = (128, 64, 100)) -> Iterator[Variant]:
         yield Variant(function_kernels.claim_first_kernel, {"TABLES": tables, **warp}, 1, 0)
     yield Variant(function_kernels.rank_kernel, warp, 1, 0)
     for adam in (0, 1):
-        yield Variant(update_kernels.count_kernel, {"ADAM": adam, "GLOBAL": 0, "SHIFT": 14, "ROWS": 128}, 4, 1)
+        constants = {"ADAM": adam, "GLOBAL": 0, "MAX": MAX_STEP, "SHIFT": 14, "ROWS": 128}
+        yield Variant(update_kernels.count_kernel, constants, 4, 1)
     for width in widths:
         yield from _row_variants(width)
 
