@@ -152,4 +152,8 @@ def _as_array(values: Sequence[OriginalId], dtype: pa.DataType) -> pa.Array:
     if wrong:
         kind = "integers" if integer else "text"
         raise ValueError(f"item id {wrong[0]!r} does not fit: the original ids of this catalogue are {kind}")
-    return pa.array(values, type=dtype)
+    try:
+        return pa.array(values, type=dtype)
+    except (OverflowError, pa.ArrowInvalid):
+        large = next(value for value in values if not -(2**63) <= int(value) < 2**63)
+        raise ValueError(f"item id {large} does not fit into 64 bits") from None

@@ -137,6 +137,11 @@ class GenRecProcessor(FeatureExtractionMixin):
         """
         if return_tensors not in ("pt", "np"):
             raise ValueError(f"return_tensors is {return_tensors!r}; it is 'pt' or 'np'")
+        for history in histories:
+            if isinstance(history, int | np.integer):
+                raise ValueError(
+                    f"histories must be a list of lists of item ids, got the item {history}: write [[...]]"
+                )
         counts = np.array([len(history) for history in histories], dtype=np.int64)
         columns = {"input_ids": np.zeros(0, dtype=np.int64)}
         flat = [item for history in histories for item in history]

@@ -26,7 +26,7 @@ class CommonArguments:
 class DataArguments:
     """Which log, and how much of each history. How it is split and prepared stands under `data:`."""
 
-    dataset: str = option("synthetic", "A log that prepare_data knows, by name.")
+    dataset: str | None = option(None, "A log that prepare_data knows, by name; default: synthetic.")
     source: str | None = option(None, "Raw files of the log; default: $GRZOO_DATA/<dataset>, else the download.")
     dataset_dir: str | None = option(None, "A dataset folder that is already prepared, or where to prepare it.")
     max_length: int = option(200, "Events of a history that the model sees; older ones are cut off.")
@@ -45,6 +45,11 @@ class DataArguments:
     dataloader_num_workers: int = option(0, "Processes that build batches; 0: in the training process.")
     dataloader_prefetch_factor: int | None = option(None, "Steps that each of them builds ahead; default: 2.")
     dataloader_pin_memory: bool = option(True, "Batches in pinned memory, where they go to a GPU.")
+
+    @property
+    def log_name(self) -> str:
+        """The log that is prepared where there is no dataset folder yet."""
+        return self.dataset or "synthetic"
 
 
 @dataclass

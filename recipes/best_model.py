@@ -115,7 +115,8 @@ def build_best_model(arguments: TrainingArguments, split: str, names: Sequence[s
     if split != "validation":
         raise UserError(
             f"{flag} chooses by a validation split, and the data has none (choosing by the {split} split would spoil "
-            "it): prepare the data with data.validation=last"
+            "it): prepare the data with one (prepare_data.py --validation last; in a recipe that prepares it "
+            "validation: last below data:)"
         )
     if arguments.eval_strategy == "no":
         raise UserError(f"{flag} needs evaluations: set --eval_strategy to epoch or steps")

@@ -32,6 +32,11 @@ class LoadedData:
         """The split that is ranked during training: validation when the folder has one."""
         return "validation" if has_split(self.folder, "validation") else "test"
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this data from other data: name, split, numbers of rows and items, checksum of the items."""
+        digest = hashlib.sha256(self.catalogue.ids.tobytes()).hexdigest()[:16]
+        return {"name": self.schema.name, "split": dict(self.schema.split), "rows": len(self.train), "items": digest}
+
 
 def find_or_prepare(arguments: DataArguments, options: dict[str, Any], runtime: Runtime) -> Path:
     """The dataset folder of a recipe; rank 0 prepares it when it is missing, and a failure stops all ranks.
@@ -51,8 +56,13 @@ def find_or_prepare(arguments: DataArguments, options: dict[str, Any], runtime: 
             print(f"data     {folder} (prepared before)", flush=True)
             _warn_of_other_settings(arguments, options, DatasetSchema.load(folder))
             return str(folder)
+        if arguments.dataset_dir and not (arguments.dataset or arguments.source or options):
+            raise UserError(
+                f"--dataset_dir {folder} is no dataset folder: prepare it with prepare_data.py, or name the --dataset "
+                "that is to be prepared there"
+            )
         with user_errors():
-            report = prepare(arguments.dataset, folder, source=source_of(arguments), **options)
+            report = prepare(arguments.log_name, folder, source=source_of(arguments), **options)
         print("\n".join(f"data     {line}" for line in report.lines()), flush=True)
         return str(folder)
 
@@ -67,6 +77,20 @@ def load(folder: Path) -> LoadedData:
     with user_errors():
         schema = DatasetSchema.load(folder)
         return LoadedData(folder, schema, Catalogue.from_folder(folder), EventDataset.from_folder(folder, "train"))
+
+
+def check_same_data(trained: dict[str, Any] | None, data: LoadedData, checkpoint: str) -> None:
+    """Raises UserError unless `data` is what a checkpoint was trained on, by its `identity` (None: not known)."""
+    here = data.identity()
+    if trained is None or trained == here:
+        return
+    others = ", ".join(
+        f"{key} {trained.get(key)!r} instead of {here[key]!r}" for key in here if trained.get(key) != here[key]
+    )
+    raise UserError(
+        f"{checkpoint} was trained on other data than {data.folder}: {others}. Give the --dataset_dir that it "
+        "was trained on; --init_from starts a new run from its weights"
+    )
 
 
 def has_split(folder: Path, split: str) -> bool:
@@ -87,14 +111,14 @@ def source_of(arguments: DataArguments) -> str | None:
     if arguments.source or not os.environ.get("GRZOO_DATA"):
         return arguments.source
     root = Path(os.environ["GRZOO_DATA"])
-    folders = [root / name for name in (arguments.dataset, _OTHER_NAMES.get(arguments.dataset, arguments.dataset))]
+    folders = [root / name for name in (arguments.log_name, _OTHER_NAMES.get(arguments.log_name, arguments.log_name))]
     return next((str(folder) for folder in folders if folder.exists()), None)
 
 
 def _warn_of_other_settings(arguments: DataArguments, options: dict[str, Any], schema: DatasetSchema) -> None:
     """Says which settings a folder that was prepared before does not follow."""
     asked = dict(options)
-    if arguments.dataset != DataArguments.dataset:
+    if arguments.dataset is not None:
         asked["dataset"] = arguments.dataset
     found = {"dataset": schema.name, **schema.split}
     for name, value in asked.items():
@@ -109,4 +133,4 @@ def _cache_folder(arguments: DataArguments, options: dict[str, Any]) -> Path:
     state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     key = hashlib.sha256(json.dumps([options, source, state], sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("GRZOO_CACHE") or Path.home() / ".cache" / "grzoo")
-    return cache / "datasets" / f"{arguments.dataset}-{key}"
+    return cache / "datasets" / f"{arguments.log_name}-{key}"

@@ -40,9 +40,14 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     (common, arguments, evaluation), _ = parse([CommonArguments, EvaluateArguments, EvaluationArguments], argv)
     if arguments.model is None or arguments.dataset_dir is None:
         raise UserError("give --model, an export folder or a checkpoint, and --dataset_dir, a dataset folder")
+    output = Path(arguments.output_file) if arguments.output_file else None
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"--output_file {output} cannot be written: {output.parent} is no folder")
     data = load(Path(arguments.dataset_dir))
     if not has_split(data.folder, arguments.split):
-        raise UserError(f"{data.folder} has no {arguments.split} split: prepare it with validation=last")
+        raise UserError(
+            f"{data.folder} has no {arguments.split} split: prepare it with prepare_data.py --validation last"
+        )
     device = connect(runtime, use_cpu=common.use_cpu, local_rank=common.local_rank)
     group = dist.group.WORLD if runtime.world_size > 1 else None
     with user_errors():
@@ -67,8 +72,8 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     protocol = "every exposure once" if is_ranking(model.config.model_type) else f"full ranking, seen items {seen}"
     runtime.say(f"{arguments.split} split of {data.schema.name}, {protocol}")
     runtime.say(metrics_table(metrics, baseline))
-    if arguments.output_file and runtime.is_main:
-        Path(arguments.output_file).write_text(json.dumps({"eval": metrics, "popularity": baseline}, indent=1) + "\n")
+    if output is not None and runtime.is_main:
+        output.write_text(json.dumps({"eval": metrics, "popularity": baseline}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from grzoo.data import GenRecProcessor
 from grzoo.recipes.arguments import option
-from grzoo.recipes.dataset_folder import LoadedData, load
+from grzoo.recipes.dataset_folder import LoadedData, check_same_data, load
 from grzoo.recipes.loading import checkpoint_state, is_checkpoint, load_model
 from grzoo.recipes.metrics_log import evaluation_before
 from grzoo.recipes.model_card import model_card
+from grzoo.recipes.output_folder import check_export_folder
 from grzoo.recipes.parsing import parse
 from grzoo.recipes.pruning import prune
 from grzoo.recipes.runtime import Runtime, UserError, run, user_errors
@@ -42,9 +43,11 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     checkpoint, folder = Path(arguments.checkpoint), Path(arguments.output_dir)
     if not is_checkpoint(checkpoint):
         raise UserError(f"{checkpoint} is no complete checkpoint: give a checkpoint-N folder of a training run")
+    check_export_folder(folder)
     with user_errors():
         state = checkpoint_state(checkpoint)
         data = load(Path(arguments.dataset_dir or state["dataset_dir"]))
+        check_same_data(state.get("data"), data, str(checkpoint))
         model = load_model(checkpoint)
         pruned = _pruned(arguments, model, checkpoint)
         processor = GenRecProcessor.from_dataset(data.folder, max_length=model.config.max_sequence_length)

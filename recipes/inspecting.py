@@ -1,5 +1,6 @@
 """What is in a checkpoint-N or an exported folder, and what differs between two. Reads safetensors and JSON only."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ def _problems(folder: Path, is_checkpoint: bool, progress: Progress) -> Iterator
             TensorFile(file).close()
         except (ValueError, OSError) as error:
             yield str(error)
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_text())
+        except (ValueError, OSError) as error:
+            yield f"{file} does not parse: {error}"
     for name in sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl")):
         yield f"{folder} holds {name}, which may be a pickle and was not opened: remove it"
 

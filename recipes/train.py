@@ -19,12 +19,13 @@ from grzoo.data import StepLoader
 from grzoo.recipes.assembly import build_collator, build_engine, build_loader, build_model, build_model_config
 from grzoo.recipes.best_model import build_best_model
 from grzoo.recipes.calibration import measured_cost
-from grzoo.recipes.dataset_folder import LoadedData, find_or_prepare, has_split, load
+from grzoo.recipes.dataset_folder import LoadedData, check_same_data, find_or_prepare, has_split, load
 from grzoo.recipes.deepspeed_config import resolve
 from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
 from grzoo.recipes.loading import warm_start, warm_start_tables
 from grzoo.recipes.metrics_log import MetricsLog
+from grzoo.recipes.output_folder import check_run_folder
 from grzoo.recipes.provenance import versions
 from grzoo.recipes.ranking import (
     build_ranking_config,
@@ -44,6 +45,12 @@ from grzoo.recipes.training import TrainingLoop, checkpoint_to_resume, total_ste
 def main(runtime: Runtime, argv: list[str]) -> None:
     """One training run, from a log's name to an exported model."""
     settings = read_settings(argv)
+    given = settings.data.dataset_dir
+    check_run_folder(
+        Path(settings.training.output_dir or ""),
+        Path(given) if given else None,
+        resumes=settings.training.resume_from_checkpoint is not None,
+    )
     with user_errors():
         deepspeed = resolve(settings.training.deepspeed_config, settings.step, settings.optimizer, runtime.world_size)
     device = connect(runtime, use_cpu=settings.common.use_cpu, local_rank=settings.common.local_rank)
@@ -83,13 +90,14 @@ def main(runtime: Runtime, argv: list[str]) -> None:
         identity={
             "model_config": json.loads(config.to_json_string(use_diff=False)),
             "dataset_dir": str(data.folder),
+            "data": data.identity(),
             "command": _command(argv),
         },
         best=best,
     )
     if resume_from:
         with user_errors():
-            path = loop.resume(resume_from)
+            path = loop.resume(resume_from, lambda state, path: check_same_data(state.get("data"), data, path))
         runtime.say(f"resumed at step {loop.step} from {path}")
     log.start_at(loop.step)
     if loop.step == 0:

@@ -89,9 +89,13 @@ class TrainingLoop:
         self.preemption = Preemption(engine.exchange)
         self.last_evaluation: tuple[int, dict[str, float]] | None = None
 
-    def resume(self, folder: Path) -> Path:
-        """Continues from a checkpoint, or the newest complete one in `folder`, of any number of ranks; says which."""
+    def resume(self, folder: Path, check: Callable[[dict[str, Any], str], None] = lambda state, path: None) -> Path:
+        """Continues from a checkpoint, or the newest complete one in `folder`, of any number of ranks; says which.
+
+        check: raises where the state of that checkpoint, at that path, is not one to go on from.
+        """
         path, state = self.engine.load_checkpoint(folder)
+        check(state, str(path))
         if "loader" not in state:
             raise UserError(f"{path} was not written by this recipe: it holds no position in the data")
         self.loader.load_state_dict(state["loader"])

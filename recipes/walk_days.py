@@ -27,6 +27,7 @@ from grzoo.recipes.deepspeed_config import resolve
 from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
 from grzoo.recipes.metrics_log import MetricsLog
+from grzoo.recipes.output_folder import check_run_folder
 from grzoo.recipes.periods import PeriodLog, WalkArguments
 from grzoo.recipes.provenance import versions
 from grzoo.recipes.ranking import is_ranking
@@ -56,8 +57,9 @@ class Walk:
         self.folder = Path(settings.data.dataset_dir or self.output_dir / "dataset")
         self.command = " ".join(["walk_days.py", *(word for word in argv if not word.startswith("--local_rank"))])
         self.stage, self.step, self.loader_state = 0, 0, None
+        check_run_folder(self.output_dir, self.folder, resumes=settings.training.resume_from_checkpoint is not None)
         resume_from = checkpoint_to_resume(settings.training)
-        self._first("walk", lambda: periods.make(self.folder, settings.data.dataset, resume_from is not None))
+        self._first("walk", lambda: periods.make(self.folder, settings.data.log_name, resume_from is not None))
         data = load(self.folder)
         self.config = build_model_config(settings, has_timestamps=True, num_items=len(data.catalogue))
         with user_errors():
@@ -256,7 +258,7 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     settings = read_settings(argv, WalkArguments, PeriodTraining)
     _check(settings)
     with user_errors():
-        log = read_log(settings.data.dataset, source_of(settings.data), **settings.data_options)
+        log = read_log(settings.data.log_name, source_of(settings.data), **settings.data_options)
     periods = PeriodLog(log, settings.more[0])
     connect(runtime, use_cpu=settings.common.use_cpu, local_rank=settings.common.local_rank)
     walk = Walk(settings, runtime, periods, argv)

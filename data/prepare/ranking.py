@@ -38,7 +38,10 @@ def add_ranking_columns(log: EventLog) -> EventLog:
     item. Raises ValueError for a log without ratings or times.
     """
     if log.timestamps is None or "rating" not in log.features:
-        raise ValueError("ranking needs a log with timestamps and ratings: leave --ranking away, or choose another log")
+        raise ValueError(
+            "ranking needs a log with timestamps and ratings: of a log of your own name the column, --feature_columns "
+            "rating; else leave --ranking away, or choose another log"
+        )
     rating = np.asarray(log.features["rating"], dtype=np.float64)
     known = np.isfinite(rating)
     names, bits = _genre_bits(log)

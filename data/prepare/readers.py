@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from .config import TIMESTAMP_UNITS
 
+_TOO_LATE = 7_258_118_400  # seconds to the year 2200: later times are most likely of another unit
+
 
 def existing(path: str | Path) -> Path:
     """`path`, or FileNotFoundError."""
@@ -155,7 +157,13 @@ def seconds(values: pa.ChunkedArray, unit: str, path: Path, first: int = 0) -> I
             raise ValueError(f"{path}: event {at} has timestamp {numbers[bad[0]]}: drop or repair such events")
     if numbers.dtype.kind not in "iuf":
         raise ValueError(f"{path}: times are of type {values.type}; give seconds since 1970")
-    return np.floor_divide(numbers, TIMESTAMP_UNITS[unit]).astype(np.int64)
+    found = np.floor_divide(numbers, TIMESTAMP_UNITS[unit]).astype(np.int64)
+    if unit == "s" and len(found) and int(found.max()) >= _TOO_LATE:
+        raise ValueError(
+            f"{path}: timestamp {int(found.max())} is after the year 2200, in seconds: set "
+            "timestamp_unit to ms, us or ns"
+        )
+    return found
 
 
 def numbers(values: pa.ChunkedArray, name: str, path: Path) -> NDArray[Any]:

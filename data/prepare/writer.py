@@ -16,8 +16,11 @@ from grzoo.data.jagged import Int64, cut_rows, offsets_of, ranges
 from grzoo.data.schema import ITEMS_FILE, SCHEMA_FILE, DatasetSchema, FeatureSpec
 from numpy.typing import NDArray
 
+from .histogram import PLOT_FILE
 from .log import GroupedLog
 from .splits import Split, SplitRows
+
+_OWN_NAMES = {"data", ITEMS_FILE, SCHEMA_FILE, "README.md", PLOT_FILE, "walk.json"}  # of a dataset folder
 
 EVENTS_PER_SHARD = 20_000_000
 EVENTS_PER_ROW_GROUP = 1_000_000
@@ -44,12 +47,16 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 def check_free(target: Path, overwrite: bool) -> None:
     """ValueError unless a dataset folder may be made at `target`."""
     if target.exists() and not target.is_dir():
-        raise ValueError(f"output_dir {target} is a file; choose a folder")
+        raise ValueError(f"{target} is a file; choose a folder")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise ValueError(f"output_dir {target} exists and is not empty: choose another one, or pass --overwrite")
+            raise ValueError(f"{target} exists and is not empty: choose another folder, or overwrite it (--overwrite)")
         if not (target / SCHEMA_FILE).is_file():
-            raise ValueError(f"output_dir {target} is not a dataset folder, --overwrite does not replace it")
+            raise ValueError(f"{target} is not a dataset folder: it is not overwritten, choose another one")
+        if foreign := sorted(
+            e.name for e in target.iterdir() if e.name not in _OWN_NAMES and not e.name.startswith(".")
+        ):
+            raise ValueError(f"{target} holds {', '.join(foreign)}, not written by preparation: it is not overwritten")
 
 
 def replace_folder(temporary: Path, target: Path) -> None:

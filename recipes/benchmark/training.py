@@ -136,7 +136,7 @@ def measure(name: str, rounds: int, runtime: Runtime) -> dict[str, Any]:
 def _recipe(name: str, runtime: Runtime) -> tuple[Settings, LoadedData]:
     arguments = ["--config", name, "--output_dir", "unused", "--use_cpu", "--disable_tqdm"]
     settings = read_settings(arguments)
-    folder = Path(os.environ.get("GRZOO_DATA", "")) / settings.data.dataset.replace("amazon-", "amazon14-")
+    folder = Path(os.environ.get("GRZOO_DATA", "")) / settings.data.log_name.replace("amazon-", "amazon14-")
     if not os.environ.get("GRZOO_DATA") or not folder.exists():
         settings = read_settings(arguments + _SYNTHETIC)
     return settings, load(find_or_prepare(settings.data, settings.data_options, runtime))

@@ -217,11 +217,16 @@ def test_a_killed_write_leaves_no_dataset(tmp_path: Path) -> None:
 def test_existing_folders_are_replaced_only_when_asked(tmp_path: Path) -> None:
     log, folder = log_of([(0, 1, 1), (0, 2, 2)]), tmp_path / "out"
     prepare_log(log, config(folder))
-    with pytest.raises(ValueError, match="exists and is not empty: choose another one, or pass --overwrite"):
+    with pytest.raises(ValueError, match="exists and is not empty: choose another folder, or overwrite it"):
         prepare_log(log, config(folder))
     prepare_log(log_of([(0, 1, 1), (0, 2, 2), (0, 3, 3)]), config(folder, overwrite=True))
     assert EventDataset.from_folder(folder, "test").lengths.tolist() == [3]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (folder / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match="out holds checkpoint-4, not written by preparation"):
+        prepare_log(log, config(folder, overwrite=True))
+    assert (folder / "checkpoint-4").is_dir()
+    (folder / "checkpoint-4").rmdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="is not a dataset folder"):

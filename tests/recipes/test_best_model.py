@@ -144,8 +144,8 @@ def test_what_is_asked_for_is_built():
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ({"split": "test", "load_best_model_at_end": True}, "data.validation=last"),
-        ({"split": "test", "early_stopping_patience": 1}, "data.validation=last"),
+        ({"split": "test", "load_best_model_at_end": True}, "validation last"),
+        ({"split": "test", "early_stopping_patience": 1}, "validation last"),
         ({"eval_strategy": "no", "load_best_model_at_end": True}, "--eval_strategy"),
         ({"save_strategy": "no", "load_best_model_at_end": True}, "--save_strategy best"),
         ({"save_strategy": "best"}, "--load_best_model_at_end"),
