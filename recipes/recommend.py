@@ -71,8 +71,16 @@ def _recommend(
         wanted = {key: expected[key] for key in ("history", "timestamps", "request_timestamp")}
         return recommend(model, processor, **wanted, top_k=len(expected["recommendations"])), expected
     history = [_item(text, processor) for text in (arguments.history or "").split(",") if text.strip()]
+    if unknown := unknown_items(history, processor):
+        print(f"warning  not in the catalogue of the model: {', '.join(unknown)}", flush=True)
     times = None if arguments.timestamps is None else _seconds(arguments.timestamps)
     return recommend(model, processor, history, timestamps=times, top_k=arguments.top_k), None
+
+
+def unknown_items(history: list[Any], processor: GenRecProcessor) -> list[str]:
+    """The items of a history that are not in the catalogue; those of text have a hash, and are looked up all the same."""
+    known = processor.catalogue.encode(history)[1]
+    return [str(item) for item, found in zip(history, known, strict=True) if not found]
 
 
 def _seconds(text: str) -> list[int]:

@@ -1,12 +1,11 @@
 """MovieLens in its raw forms.
 
-ratings.dat    user::item::rating::timestamp, with movies.dat (latin-1)                       ml-1m
-u.data         the same, tab-separated, with u.item                                           ml-100k
-ratings.csv    userId,movieId,rating,timestamp, with movies.csv                               ml-20m,
-ml-latest-small *.inter        tab-separated with a typed header (user_id:token ...), with *.item
-RecBole's atomic files *_seq_ts.parquet   sas_user, sas_item, rating, ts_filled: the file below with times
-ml-1m NAME.txt       "user item" lines in chronological order, numbered from 1, with sas_to_original_items.txt and
-movies.dat
+- `ratings.dat`: user::item::rating::timestamp, with movies.dat (latin-1); ml-1m
+- `u.data`: the same, tab-separated, with u.item; ml-100k
+- `ratings.csv`: userId,movieId,rating,timestamp, with movies.csv; ml-20m, ml-latest-small
+- `*.inter`: tab-separated with a typed header (user_id:token ...), with *.item; RecBole's atomic files
+- `*_seq_ts.parquet`: sas_user, sas_item, rating, ts_filled; the next file with times
+- `ml-1m.txt`: "user item" lines in chronological order, numbered from 1, with sas_to_original_items.txt and movies.dat
 """
 
 from collections.abc import Callable
@@ -25,6 +24,8 @@ from .readers import column, existing, genres, numbers, read_delimited, read_int
 
 OPTIONS: frozenset[str] = frozenset()
 NAMES = ("ml-100k", "ml-1m", "ml-20m", "ml-latest-small")
+# Of whole files; ml-1m.txt has the items of at least five ratings. ml-latest-small changes.
+_RATINGS = {"ml-100k": (100_000,), "ml-1m": (1_000_209, 999_611), "ml-20m": (20_000_263,)}
 
 _RATING_TYPES = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float32(), "timestamp": pa.int64()}
 _Reader = Callable[[Path], EventLog]
@@ -38,6 +39,11 @@ def read(config: PrepareConfig) -> EventLog:
     log.user_metadata = _profiles(path)
     if not config.source and config.name not in download.CHECKSUMS:
         log.notes += (f"{config.name} changes over time and has no published checksum: the download is unchecked",)
+    if len(log.users) not in _RATINGS.get(config.name, (len(log.users),)):
+        whole = " or ".join(f"{count:,}" for count in _RATINGS[config.name])
+        log.notes += (
+            f"{path.name} has {len(log.users):,} ratings, {config.name} has {whole}: part of it, or another log?",
+        )
     return log
 
 
