@@ -42,7 +42,7 @@ def read(config: PrepareConfig) -> EventLog:
     if len(log.users) not in _RATINGS.get(config.name, (len(log.users),)):
         whole = " or ".join(f"{count:,}" for count in _RATINGS[config.name])
         log.notes += (
-            f"{path.name} has {len(log.users):,} ratings, {config.name} has {whole}: part of it, or another log?",
+            f"{path.name} has {len(log.users):,} ratings, {config.name} has {whole}: a part, or another log?",
         )
     return log
 

@@ -344,4 +344,4 @@ def test_a_feature_may_not_take_the_place_of_a_column_of_the_folder(tmp_path: Pa
 def test_a_movielens_log_of_another_size_than_its_name_says_is_told(tmp_path: Path) -> None:
     (tmp_path / "u.data").write_text("1\t2\t3\t4\n1\t3\t3\t5\n2\t2\t5\t6\n")
     report = prepare("ml-100k", tmp_path / "out", tmp_path, split="none")
-    assert any("has 3 ratings, ml-100k has 100,000: part of it, or another log?" in line for line in report.lines())
+    assert any("has 3 ratings, ml-100k has 100,000: a part, or another log?" in line for line in report.lines())
