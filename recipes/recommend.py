@@ -78,7 +78,7 @@ def _recommend(
 
 
 def unknown_items(history: list[Any], processor: GenRecProcessor) -> list[str]:
-    """The items of a history that are not in the catalogue; those of text have a hash and are looked up none the less."""
+    """The items of a history that the catalogue lacks; those of text have a hash and are looked up all the same."""
     known = processor.catalogue.encode(history)[1]
     return [str(item) for item, found in zip(history, known, strict=True) if not found]
 
