@@ -138,7 +138,8 @@ def check_disk_full(job: Job, expected: dict[int, float]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     last = job.runtime.world_size - 1
-    for culprit, module, function in ((0, checkpoints.folders, "write_text"), (last, saving, "_table_rows")):
+    culprits = ((0, checkpoints.folders, "write_text"), (last, saving, "_table_rows"))
+    for folder, (culprit, module, function) in zip(("full", "full again"), culprits, strict=True):
 
         def fill(step: int, culprit: int = culprit, module: Any = module, function: str = function) -> None:
             if step == 4 and job.runtime.rank == culprit:
@@ -147,8 +148,8 @@ def check_disk_full(job: Job, expected: dict[int, float]) -> None:
         job.at_step = fill
         with pytest.MonkeyPatch.context() as patch:
             with pytest.raises(UserError, match="checkpoint-4: .*No space left.*checkpoint-2 is intact"):
-                job.run("full", "--max_steps 7 --save_steps 2 --save_total_limit 1")
-        assert names("full") == ["checkpoint-2"]
+                job.run(folder, "--max_steps 7 --save_steps 2 --save_total_limit 1")
+        assert names(folder) == ["checkpoint-2"]
     job.at_step = lambda step: None
     found = job.run("full", "--max_steps 7 --save_steps 2 --resume_from_checkpoint last")
     assert found == {step: loss for step, loss in expected.items() if step > 2}
