@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from .collection import DynamicEmbeddingCollection
 
 MicroBatches = Sequence[Mapping[str, FeatureInput]]
+
+
+class _Use(NamedTuple):
+    """A feature of a micro-batch."""
+
+    key: tuple[int, str]  # (micro-batch, feature)
+    logical: int  # table inside the physical one
+    ids: Tensor  # int64 of any shape
 
 
 @dataclass
@@ -54,7 +62,7 @@ class _Owned:
     ids: Tensor  # int64 [O]
     inverse: Tensor | None  # int64 [R]: received id -> pair; None when R = O, in the same order
     visit: Visit | None  # in a table with policies: what was decided
-    handles: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device=HOST))  # [O]; -1: no row
+    handles: Tensor = field(init=False)  # int64 [O]; -1: no row
     inserted: int = 0
     complete: bool = False  # every pair has a row
 
@@ -80,10 +88,9 @@ def prepare_step(
     before = exchange.bytes_sent
     asked = _ask(collection, micro_batches, count=count)
     requests = asked.requests
-    arrived = _swap_counts(collection, asked, flags=2 * insert + 4 * count)
-    per_table = arrived.split([len(table.configs) for table in collection.physical], dim=1)
+    per_table = _swap_counts(collection, asked, flags=2 * insert + 4 * count)
     sent = torch.stack([request.counts.sum(1) for request in requests], dim=1)
-    received = torch.stack([counts.sum(1) for counts in per_table], dim=1)
+    received = sent if exchange.world_size == 1 else torch.stack([counts.sum(1) for counts in per_table], dim=1)
     ids, occurrences = _swap_ids(collection, requests, sent, received)
     owned = _answer(collection, ids, occurrences, per_table, insert=insert, count=count)
 
@@ -113,7 +120,11 @@ def _ask(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches, 
     try:
         asked.device = check_ids(collection, micro_batches)
         asked.bags = _bags(collection, micro_batches)
-        asked.requests = [_request(collection, table, micro_batches, count=count) for table in collection.physical]
+        uses = _uses(collection, micro_batches)
+        asked.requests = [
+            _request(collection, table, of_table, count=count)
+            for table, of_table in zip(collection.physical, uses, strict=True)
+        ]
         counts = move([request.counts for request in asked.requests], HOST)
         for request, on_host in zip(asked.requests, counts, strict=True):
             request.counts = on_host
@@ -203,32 +214,37 @@ def _bags(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches)
     return {use: bags for use, bags in found.items() if bags is not None}
 
 
+def _uses(collection: "DynamicEmbeddingCollection", micro_batches: MicroBatches) -> list[list[_Use]]:
+    """Return what each physical table is asked for."""
+    uses: list[list[_Use]] = [[] for _ in collection.physical]
+    for k, batch in enumerate(micro_batches):
+        for name, given in batch.items():
+            physical, logical = collection.places[collection.features[name].table]
+            uses[physical].append(_Use((k, name), logical, ids_of(given)))
+    return uses
+
+
 def _request(
-    collection: "DynamicEmbeddingCollection", table: PhysicalTable, micro_batches: MicroBatches, *, count: bool
+    collection: "DynamicEmbeddingCollection", table: PhysicalTable, uses: Sequence[_Use], *, count: bool
 ) -> _Request:
-    uses = [  # (micro-batch, feature, logical table, ids)
-        ((k, name), collection.places[collection.features[name].table][1], ids_of(given))
-        for k, batch in enumerate(micro_batches)
-        for name, given in batch.items()
-        if collection.physical[collection.places[collection.features[name].table][0]] is table
-    ]
     device = table.device
-    flat = move([ids.detach().reshape(-1) for _, _, ids in uses], device)
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    ids = flat[0].contiguous() if len(flat) == 1 else torch.cat([none, *flat])
+    flat = move([use.ids.detach().reshape(-1) for use in uses], device)
+    lengths = [ids.numel() for ids in flat]
+    if len(flat) == 1:
+        ids = flat[0].contiguous()
+    else:
+        ids = torch.cat([torch.empty(0, dtype=torch.int64, device=device), *flat])
     tables = None
     if len(table.configs) > 1:
-        logical = torch.tensor([logical for _, logical, _ in uses], dtype=torch.int32, device=HOST)
-        lengths = torch.tensor([len(f) for f in flat], dtype=torch.int64, device=HOST)
-        tables = _repeat(logical, lengths, device)
+        logical = torch.tensor([use.logical for use in uses], dtype=torch.int32, device=HOST)
+        tables = _repeat(logical, torch.tensor(lengths, dtype=torch.int64, device=HOST), device)
     unique = table.backend.unique(ids, tables)
     request_ids, counts, inverse, order = _by_owner(unique, collection.exchange.world_size, len(table.configs))
     occurrences = None
     if count and table.has_policy:
         occurrences = unique.counts if order is None else unique.counts[order]
-    pieces = inverse.split([len(f) for f in flat])
-    pieces = move(pieces, [ids.device for _, _, ids in uses])
-    index = {use: i.view(ids.shape) for (use, _, ids), i in zip(uses, pieces, strict=True)}
+    pieces = move(inverse.split(lengths), [use.ids.device for use in uses])
+    index = {use.key: piece.view(use.ids.shape) for use, piece in zip(uses, pieces, strict=True)}
     return _Request(request_ids, counts, occurrences, index)
 
 
@@ -258,17 +274,17 @@ def _by_owner(unique: Unique, world_size: int, num_tables: int) -> tuple[Tensor,
     return unique.ids[order], counts, place[unique.inverse], order
 
 
-def _swap_counts(collection: "DynamicEmbeddingCollection", asked: _Asked, *, flags: int) -> Tensor:
-    """Return how many ids of each logical table every rank asks for: int64 [world, logical tables].
+def _swap_counts(collection: "DynamicEmbeddingCollection", asked: _Asked, *, flags: int) -> Sequence[Tensor]:
+    """Return how many ids of each physical table every rank asks for: int64 [world, logical tables].
 
     A word beside the counts tells a problem of this rank, or a call with other flags, to the others: all stop here.
     """
     exchange, requests, problem = collection.exchange, asked.requests, asked.problem
     if exchange.world_size == 1:
         exchange.agree(problem)
-        return torch.cat([request.counts for request in requests], dim=1)
-    num_tables = sum(len(table.configs) for table in collection.physical)
-    payload = torch.zeros(exchange.world_size, 1 + num_tables, dtype=torch.int64, device=HOST)
+        return [request.counts for request in requests]
+    num_logical = [len(table.configs) for table in collection.physical]
+    payload = torch.zeros(exchange.world_size, 1 + sum(num_logical), dtype=torch.int64, device=HOST)
     payload[:, 0] = flags + (problem is not None)
     if problem is None:
         payload[:, 1:] = torch.cat([request.counts for request in requests], dim=1)
@@ -278,7 +294,7 @@ def _swap_counts(collection: "DynamicEmbeddingCollection", asked: _Asked, *, fla
         exchange.agree(problem)
     if len(set(words)) > 1:
         raise ValueError("ranks disagree on insert= or count= (or on training mode): all must give the same")
-    return received[:, 1:]
+    return received[:, 1:].split(num_logical, dim=1)
 
 
 def _decide(

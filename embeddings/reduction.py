@@ -33,6 +33,8 @@ def agree_on_touched(collection: "DynamicEmbeddingCollection", steps: Sequence[S
 
     Raises RuntimeError, on every rank, when a rank no longer holds a step that has gradients elsewhere.
     """
+    if collection.exchange.world_size == 1:
+        return {step.serial: set(step.touched) for step in steps if step.touched}
     names = collection.table_names
     words: list[int] = []  # per step: serial, number of touched tables, their positions
     for step in steps:
@@ -67,8 +69,10 @@ def reduce_gradients(
     if not active:
         return []
     parts = [_leaf_gradient(share) for step in active for share in step.shares]
-    sent = torch.cat([step.sent for step in active], dim=1)
-    received = torch.cat([step.received for step in active], dim=1)
+    sent, received = active[0].sent, active[0].received
+    if len(active) > 1:
+        sent = torch.cat([step.sent for step in active], dim=1)
+        received = torch.cat([step.received for step in active], dim=1)
     devices = [share.table.device for step in active for share in step.shares]
     incoming = iter(exchange.swap(parts, sent, received, devices))
     summed: list[list[RowGradients]] = [[] for _ in collection.physical]

@@ -44,10 +44,12 @@ def note_lookup(
         if not insert or share.table.is_selective:
             unknown = _count(collection, share, "unknown", share.handles < 0)
         numbers = zip(names, requested, arrived.sum(0).tolist(), owned, unknown, strict=True)
-        for name, *more in numbers:
+        for name, of_rank, of_ranks, on_owner, without_row in numbers:
             tally = collection.tally(name)
-            for field, value in zip(("requested", "received", "owned", "unknown"), more, strict=True):
-                setattr(tally, field, getattr(tally, field) + value)
+            tally.requested += of_rank
+            tally.received += of_ranks
+            tally.owned += on_owner
+            tally.unknown += without_row
         for (_, feature), index in share.index.items():
             collection.tally(collection.features[feature].table).ids += index.numel()
 

@@ -22,6 +22,8 @@ def move(tensors: Sequence[Tensor], devices: torch.device | Sequence[torch.devic
 
 
 def _queue(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device == device:
+        return tensor
     if tensor.is_cuda and device.type == "cpu":
         return empty_pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
     if device.type == "cuda" and not tensor.is_cuda:

@@ -131,3 +131,10 @@ def test_the_count_of_updates_stays_at_its_largest(backend: str, rule: str) -> N
         table.update(rule, handles, torch.ones(1, 4), **hyper)
     assert table.gather_slot("step", handles).item() == MAX_STEP
     assert bool(table.gather(handles).isfinite().all())
+
+
+def test_a_number_of_threads_that_is_none_is_named() -> None:
+    code = "from grzoo.embeddings.kernels.host.library import num_threads; num_threads()"
+    environment = os.environ | {"GRZOO_NUM_THREADS": "two"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "GRZOO_NUM_THREADS='two' must be a number of threads" in done.stderr

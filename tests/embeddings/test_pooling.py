@@ -1,5 +1,7 @@
 """Pooled features against nn.EmbeddingBag: S6, S7, S9, S27 and law 1, on each backend of host memory."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from grzoo.embeddings import DynamicEmbeddingCollection, FeatureConfig, Jagged, SparseSGD, TableConfig
@@ -154,8 +156,8 @@ def test_s9_law1_bags_of_two_micro_batches_train_as_those_of_one() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dim", [1, 5, 16, 67])
-def test_every_backend_pools_to_the_same_bits(dim: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRZOO_NUM_THREADS", str(threads))
+def test_every_backend_pools_to_the_same_bits(dim: int, threads: int, set_threads: Callable[[int], None]) -> None:
+    set_threads(threads)
     naive, host = get_backend("naive"), get_backend("host")
     lengths = torch.tensor([0, 3000, 1, 0, 17, 2000, 0])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

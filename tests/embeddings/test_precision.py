@@ -1,5 +1,6 @@
 """bfloat16 rows with float32 state: S1, S4, S5, S15, S20, S27 and laws 1 and 5."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,9 @@ def update(backend: str, rounding: str, rule: str, slots: list[Slot], dim: int, 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dim", [1, 3, 16, 37])
 def test_s15_law5_backends_round_to_the_same_bits(
-    dim: int, rounding: str, threads: int, monkeypatch: pytest.MonkeyPatch
+    dim: int, rounding: str, threads: int, set_threads: Callable[[int], None]
 ) -> None:
-    monkeypatch.setenv("GRZOO_NUM_THREADS", str(threads))
+    set_threads(threads)
     hyper = {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0}
     naive, host = (update(backend, rounding, "sgd", [], dim, **hyper)["rows"] for backend in BACKENDS)
     assert torch.equal(naive, host) and is_bfloat16(host) and host[-1].abs().sum() == 0

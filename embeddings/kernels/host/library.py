@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import NoReturn
 
@@ -78,12 +79,18 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@functools.cache
+def _function(name: str) -> Callable[..., int]:
+    function: Callable[..., int] = getattr(library(), f"grzoo_{name}")
+    return function
+
+
 def call(name: str, *arguments: object) -> None:
     """Call a function that returns a status.
 
     Raises ValueError (bad arguments), MemoryError (the table would outgrow the machine) or RuntimeError.
     """
-    status = getattr(library(), f"grzoo_{name}")(*arguments)
+    status = _function(name)(*arguments)
     if status != 0:
         _raise(status, library().grzoo_error().decode())
 
@@ -96,7 +103,7 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype, *shape: int, name: str) -
     """Return the address of a tensor after checking what the kernels rely on; None (a null pointer) for None."""
     if tensor is None:
         return None
-    if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name} must be a contiguous {dtype} CPU tensor of shape {shape}, not {tensor.dtype} {tuple(tensor.shape)}"
             f" on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
@@ -105,5 +112,13 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype, *shape: int, name: str) -
 
 
 def num_threads() -> int:
-    """Threads of a kernel: `$GRZOO_NUM_THREADS`, else as many as torch uses."""
-    return int(os.environ.get("GRZOO_NUM_THREADS", 0)) or torch.get_num_threads()
+    """Threads of a kernel: `$GRZOO_NUM_THREADS`, as it was at the first call, else as many as torch uses."""
+    return _fixed_threads() or torch.get_num_threads()
+
+
+@functools.cache
+def _fixed_threads() -> int:
+    value = os.environ.get("GRZOO_NUM_THREADS") or "0"
+    if not value.isdecimal():
+        raise ValueError(f"GRZOO_NUM_THREADS={value!r} must be a number of threads, or 0 for as many as torch uses")
+    return int(value)
