@@ -37,6 +37,7 @@ class DatasetSchema:
     user_id_dtype: "int64" or "string".  split: kind and arguments of the split.  statistics: users, items, events per
     split. source: where the events came from, in words.  ranking: which event columns are what to a ranking model:
     tasks, user_features, event_features, item_features, cross_features; empty when the folder was prepared without.
+    options: of the preparation, those that are not the default; None in folders of earlier versions.
     """
 
     name: str
@@ -47,6 +48,7 @@ class DatasetSchema:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     ranking: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

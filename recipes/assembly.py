@@ -1,7 +1,6 @@
 """Builds the parts of a training run from its settings: model, batches, engine."""
 
 import dataclasses
-import warnings
 from functools import partial
 from typing import Any
 
@@ -119,10 +118,8 @@ def build_loader(settings: Settings, data: LoadedData, config: Any, runtime: Run
 
 
 def worker_options(settings: Settings) -> dict[str, Any]:
-    """How batches are built and kept, in the arguments of StepLoader; warns of a setting without effect."""
+    """How batches are built and kept, in the arguments of StepLoader."""
     data = settings.data
-    if data.dataloader_prefetch_factor is not None and not data.dataloader_num_workers:
-        warnings.warn("--dataloader_prefetch_factor has no effect with --dataloader_num_workers 0", stacklevel=2)
     return {
         "num_workers": data.dataloader_num_workers,
         "prefetch_factor": data.dataloader_prefetch_factor or 2,
@@ -143,10 +140,7 @@ def build_collator(settings: Settings, dataset: EventDataset, catalogue: Catalog
 
 
 def window_policy(arguments: DataArguments, seed: int) -> WindowPolicy:
-    """How histories are cut into training samples, as `--windows` says; warns of a setting without effect."""
-    for name, kind in (("window_overlap", "sliding"), ("stochastic_alpha", "stochastic")):
-        if getattr(arguments, name) != getattr(DataArguments, name) and arguments.windows != kind:
-            warnings.warn(f"--{name} has no effect with --windows {arguments.windows}", stacklevel=2)
+    """How histories are cut into training samples, as `--windows` says."""
     if arguments.windows == "sliding":
         return partial(SlidingWindows, overlap=arguments.window_overlap)
     if arguments.windows == "stochastic":

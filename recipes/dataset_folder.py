@@ -9,9 +9,10 @@ from typing import Any
 
 from grzoo.data import Catalogue, DatasetSchema, EventDataset
 from grzoo.data.prepare import PrepareConfig, prepare
+from grzoo.data.prepare.writer import short_source
 
 from .arguments import DataArguments
-from .parsing import near
+from .parsing import near, typed_values
 from .runtime import Runtime, UserError, user_errors
 
 _OTHER_NAMES = {"amazon-beauty": "amazon14-beauty", "amazon-sports": "amazon14-sports"}  # folders below $GRZOO_DATA
@@ -48,7 +49,7 @@ def find_or_prepare(arguments: DataArguments, options: dict[str, Any], runtime: 
     Raises:
         UserError: unknown option or log, missing or malformed files.
     """
-    check_options(options)
+    options = check_options(options)
 
     def work() -> str:
         folder = Path(arguments.dataset_dir) if arguments.dataset_dir else _cache_folder(arguments, options)
@@ -98,12 +99,22 @@ def has_split(folder: Path, split: str) -> bool:
     return any((folder / "data").glob(f"{split}-*.parquet"))
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Raises UserError for a `data:` setting that preparation does not know, or that has its own flag."""
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The `data:` settings, of the types that preparation takes.
+
+    Raises:
+        UserError: a setting that preparation does not know, of another type, or that has its own flag.
+    """
     known = [f.name for f in dataclasses.fields(PrepareConfig) if f.name not in RECIPE_OWNED]
     for key in options:
+        if key in RECIPE_OWNED:
+            flag = {"name": "--dataset", "output_dir": "--dataset_dir", "source": "--source"}.get(key)
+            raise UserError(f"set {flag} instead of data.{key}" if flag else f"data.{key} is not for a recipe")
         if key not in known:
             raise UserError(f"unknown data option {key!r}{near(key, known)}")
+    with user_errors():
+        typed = typed_values(PrepareConfig, {**options, "name": "", "output_dir": ""})
+    return {key: getattr(typed, key) for key, value in options.items() if value is not None}
 
 
 def source_of(arguments: DataArguments) -> str | None:
@@ -121,9 +132,15 @@ def _warn_of_other_settings(arguments: DataArguments, options: dict[str, Any], s
     if arguments.dataset is not None:
         asked["dataset"] = arguments.dataset
     found = {"dataset": schema.name, **schema.split}
+    if schema.options is not None:
+        found = {**dataclasses.asdict(PrepareConfig(name="", output_dir="")), **schema.options, **found}
     for name, value in asked.items():
-        if name in found and found[name] != value:
+        value = short_source(value) if name == "item_metadata" else value
+        if name in found and found[name] != value and name != "max_memory_gb":
             print(f"warning  {name}={value} has no effect: the folder was prepared with {found[name]}", flush=True)
+    source = arguments.source
+    if source is not None and Path(source).name not in Path(schema.source).parts:
+        print(f"warning  --source {source} has no effect: the folder was made from {schema.source}", flush=True)
 
 
 def _cache_folder(arguments: DataArguments, options: dict[str, Any]) -> Path:

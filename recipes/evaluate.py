@@ -14,11 +14,13 @@ import torch.distributed as dist
 from grzoo.recipes.arguments import CommonArguments, EvaluationArguments, option
 from grzoo.recipes.dataset_folder import has_split, load
 from grzoo.recipes.evaluation import Evaluator
+from grzoo.recipes.known_items import strangers
 from grzoo.recipes.loading import load_model
 from grzoo.recipes.parsing import parse
 from grzoo.recipes.ranking import RankingEvaluator, is_ranking
 from grzoo.recipes.report import metrics_table
 from grzoo.recipes.runtime import Runtime, UserError, connect, run, user_errors
+from grzoo.recipes.settings import check_numbers
 
 
 @dataclass
@@ -37,7 +39,9 @@ class EvaluateArguments:
 
 def main(runtime: Runtime, argv: list[str]) -> None:
     """Loads the model sharded over the ranks, ranks, prints."""
-    (common, arguments, evaluation), _ = parse([CommonArguments, EvaluateArguments, EvaluationArguments], argv)
+    classes = [CommonArguments, EvaluateArguments, EvaluationArguments]
+    (common, arguments, evaluation), _ = parse(classes, argv, sections=())
+    check_numbers([arguments, evaluation])
     if arguments.model is None or arguments.dataset_dir is None:
         raise UserError("give --model, an export folder or a checkpoint, and --dataset_dir, a dataset folder")
     output = Path(arguments.output_file) if arguments.output_file else None
@@ -52,6 +56,8 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     group = dist.group.WORLD if runtime.world_size > 1 else None
     with user_errors():
         model = load_model(Path(arguments.model), group).to(device)
+        for line in strangers(model, Path(arguments.model), data):
+            runtime.say(f"warning  {line}")
         length = model.config.max_sequence_length
         evaluator: Any
         if is_ranking(model.config.model_type):

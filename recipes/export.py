@@ -37,7 +37,7 @@ class ExportArguments:
 
 def main(runtime: Runtime, argv: list[str]) -> None:
     """Reads the checkpoint in one process, writes the folder, uploads it when asked."""
-    (arguments,), _ = parse([ExportArguments], argv)
+    (arguments,), _ = parse([ExportArguments], argv, sections=())
     if arguments.checkpoint is None or arguments.output_dir is None:
         raise UserError("give --checkpoint, a checkpoint-N folder, and --output_dir")
     checkpoint, folder = Path(arguments.checkpoint), Path(arguments.output_dir)

@@ -23,12 +23,16 @@ class _Parser(HfArgumentParser):
 Sections = dict[str, dict[str, Any]]
 
 
-def parse(classes: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], Sections]:
+def parse(
+    classes: Sequence[type], argv: Sequence[str], *, sections: Sequence[str] = SECTIONS, about: str | None = None
+) -> tuple[list[Any], Sections]:
     """Fills the dataclasses from `--config FILE` and the command line, which wins.
 
     Args:
         classes: argument dataclasses with disjoint field names.
         argv: command line without the program's name.
+        sections: names of the free sections that the recipe has.
+        about: the end of `--help`.
 
     Returns:
         One instance of each class, and the free sections: `model:` in the YAML, `--model.NAME VALUE`; likewise `data`.
@@ -36,11 +40,11 @@ def parse(classes: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], Sect
     Raises:
         UserError: unknown or malformed settings, with the nearest known names.
     """
-    parser = _Parser(classes, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = _Parser(classes, allow_abbrev=False, epilog=about)  # type: ignore[arg-type]
     known = [f.name for cls in classes for f in dataclasses.fields(cls)]
-    flat, sections = _split_sections(argv)
-    settings = _read_config(flat)
-    sections = {name: {**settings.pop(name, {}), **given} for name, given in sections.items()}
+    flat, given = _split_sections(argv, sections)
+    settings = _read_config(flat, sections)
+    found = {name: {**settings.pop(name, {}), **values} for name, values in given.items()}
     for key in settings:
         if key not in known:
             raise UserError(f"unknown key {key!r} in {_config_flag(flat)}{near(key, known)}")
@@ -49,7 +53,18 @@ def parse(classes: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], Sect
     )
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}{near(rest[0].lstrip('-').split('=')[0], known, '--')}")
-    return values, sections
+    return values, found
+
+
+def typed_values(cls: type, values: dict[str, Any]) -> Any:
+    """An instance of a dataclass from values of YAML, converted to the types of its fields.
+
+    Raises:
+        UserError: a value of another type.
+    """
+    whole = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in values.items()}
+    parser = _Parser([cls], allow_abbrev=False)  # type: ignore[list-item]
+    return parser.parse_args_into_dataclasses(_tokens(whole), look_for_args_file=False)[0]
 
 
 def build_config(config_class: type, settings: dict[str, Any]) -> Any:
@@ -80,7 +95,7 @@ def find_config(name: str) -> Path:
     return path
 
 
-def _read_config(argv: Sequence[str]) -> dict[str, Any]:
+def _read_config(argv: Sequence[str], sections: Sequence[str]) -> dict[str, Any]:
     name = _config_flag(argv)
     if name is None:
         return {}
@@ -91,7 +106,7 @@ def _read_config(argv: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected 'key: value' lines, got {settings!r}")
-    for name in SECTIONS:
+    for name in sections:
         section = settings.get(name) or {}
         if not isinstance(section, dict):
             raise UserError(f"{path}: expected 'key: value' lines under {name!r}, got {section!r}")
@@ -108,13 +123,13 @@ def _config_flag(argv: Sequence[str]) -> str | None:
     return None
 
 
-def _split_sections(argv: Sequence[str]) -> tuple[list[str], Sections]:
+def _split_sections(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], Sections]:
     flat: list[str] = []
-    sections: Sections = {name: {} for name in SECTIONS}
+    sections: Sections = {name: {} for name in names}
     tokens = iter(argv)
     for token in tokens:
         section, dot, rest = token.removeprefix("--").partition(".")
-        if not (token.startswith("--") and dot and section in SECTIONS):
+        if not (token.startswith("--") and dot and section in names):
             flat.append(token)
             continue
         name, equals, text = rest.partition("=")

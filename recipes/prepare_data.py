@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from grzoo.data.prepare import PrepareConfig, prepare
+from grzoo.recipes.runtime import plain_warnings
 from pyarrow import ArrowException
 from transformers import HfArgumentParser
 
@@ -29,6 +30,7 @@ def parse(arguments: Sequence[str]) -> PrepareConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after a message about what is wrong with the input."""
+    plain_warnings()
     try:
         started = time.perf_counter()
         config = parse(sys.argv[1:] if arguments is None else arguments)

@@ -12,9 +12,12 @@ from typing import Any
 from grzoo.data import GenRecProcessor
 from grzoo.models import AutoModelForRetrieval
 from grzoo.recipes.arguments import option
+from grzoo.recipes.dataset_folder import load
+from grzoo.recipes.known_items import strangers
 from grzoo.recipes.parsing import parse
 from grzoo.recipes.recommending import differences, recommend, recommend_to_row, table
 from grzoo.recipes.runtime import Runtime, UserError, run, user_errors
+from grzoo.recipes.settings import check_numbers
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -33,7 +36,8 @@ class RecommendArguments:
 
 def main(runtime: Runtime, argv: list[str]) -> None:
     """Loads, recommends, prints; exit code 1 when `--expect` is not met."""
-    (arguments,), _ = parse([RecommendArguments], argv)
+    (arguments,), _ = parse([RecommendArguments], argv, sections=())
+    check_numbers([arguments])
     if arguments.model is None:
         raise UserError("give --model, an export folder")
     if sum(given is not None for given in (arguments.history, arguments.user, arguments.expect)) != 1:
@@ -64,7 +68,10 @@ def _recommend(
     if arguments.user is not None:
         if arguments.dataset_dir is None:
             raise UserError("--user needs --dataset_dir, the dataset folder whose test split has the user")
-        found = recommend_to_row(model, Path(arguments.dataset_dir), row=arguments.user, top_k=arguments.top_k)
+        folder = Path(arguments.dataset_dir)
+        for line in strangers(model, Path(arguments.model or ""), load(folder)):
+            print(f"warning  {line}", flush=True)
+        found = recommend_to_row(model, folder, row=arguments.user, top_k=arguments.top_k)
         return found, None
     if arguments.expect is not None:
         expected = _expected(Path(arguments.expect))

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from grzoo.embeddings.engine.runtime import prepare_environment
 
 logger = logging.getLogger("grzoo")
 
+_OWN_FOLDERS = ("data", "embeddings", "models", "recipes")
 _PATIENCE = timedelta(hours=12)  # rank 0 may be downloading and preparing a large log
 USER_ERROR = 2  # exit code of every rank after a user's mistake
 PREEMPTED = 128 + signal.SIGTERM  # exit code of every rank that was told to end, saved and did: not 0, as work is left
@@ -133,9 +135,23 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def plain_warnings() -> None:
+    """Has warnings of grzoo shown as a line `warning  TEXT`, those of others as Python does."""
+    root, shown_by_python = Path(__file__).resolve().parents[1], warnings.formatwarning
+
+    def shown(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        path = Path(filename).resolve()
+        if category is UserWarning and path.is_relative_to(root) and path.relative_to(root).parts[0] in _OWN_FOLDERS:
+            return f"warning  {message}\n"
+        return shown_by_python(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown
+
+
 def run(main: Callable[[Runtime, list[str]], None], argv: list[str] | None = None) -> None:
     """Runs `main(runtime, arguments)` of a recipe: one message and exit code 2 on every rank for a user's mistake."""
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has begun to replace: a line at every step.
+    plain_warnings()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     runtime = Runtime(0, 0, 1, 1)

@@ -1,8 +1,10 @@
 """All settings of a training run, read once from `--config` and the command line."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from grzoo.data.prepare import PrepareConfig
 
 from .arguments import (
     CommonArguments,
@@ -12,6 +14,7 @@ from .arguments import (
     StepArguments,
     TrainingArguments,
 )
+from .dataset_folder import RECIPE_OWNED
 from .parsing import parse
 from .runtime import UserError
 
@@ -33,6 +36,27 @@ _POSITIVE = (
     "micro_batches",
     "num_train_epochs",
     "learning_rate",
+    "sparse_learning_rate",
+    "adam_epsilon",
+    "max_candidates",
+    "shuffle_block_size",
+)
+_NOT_NEGATIVE = (
+    "warmup_steps",
+    "weight_decay",
+    "sparse_weight_decay",
+    "max_grad_norm",
+    "save_total_limit",
+    "early_stopping_threshold",
+    "num_recent",
+    "dataloader_num_workers",
+)
+
+
+_ABOUT = (
+    "Hyperparameters of the model are --model.NAME VALUE, or stand below model: in the YAML; its configuration class "
+    "names them. How the log is prepared is --data.NAME VALUE, or stands below data:; prepare_data.py --help explains: "
+    f"{', '.join(f.name for f in fields(PrepareConfig) if f.name not in RECIPE_OWNED)}."
 )
 
 
@@ -60,23 +84,33 @@ def read_settings(argv: Sequence[str], *more: type) -> Settings:
     Raises:
         UserError: unknown, malformed or impossible settings.
     """
-    values, sections = parse([*_CLASSES, *more], argv)
+    values, sections = parse([*_CLASSES, *more], argv, about=_ABOUT)
     common, data, evaluation, optimizer, step, training = values[: len(_CLASSES)]
     options = {"model_options": sections["model"], "data_options": sections["data"]}
     settings = Settings(
         common, data, evaluation, optimizer, step, training, **options, more=tuple(values[len(_CLASSES) :])
     )
-    for group in values:
-        for name in _POSITIVE:
-            value = getattr(group, name, None)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name} must be positive, got {value}")
+    check_numbers(values)
     if not settings.training.output_dir:
         raise UserError("give --output_dir, the folder for metrics, checkpoints and the export")
-    if min(settings.evaluation.top_k) < 1:
-        raise UserError(f"--top_k takes cutoffs from 1, got {settings.evaluation.top_k}")
     _check_sparse(settings.optimizer)
     return settings
+
+
+def check_numbers(groups: Sequence[Any]) -> None:
+    """Raises UserError for a number of an argument group that is out of its range."""
+    for group in groups:
+        for name in _POSITIVE:
+            value = getattr(group, name, None)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name} must be positive, got {value}")
+        for name in _NOT_NEGATIVE:
+            value = getattr(group, name, None)
+            if value is not None and not value >= 0:
+                raise UserError(f"--{name} must not be negative, got {value}")
+        cutoffs = getattr(group, "top_k", 1)
+        if min(cutoffs if isinstance(cutoffs, list) else [cutoffs]) < 1:
+            raise UserError(f"--top_k takes numbers from 1, got {cutoffs}")
 
 
 def _check_sparse(optimizer: OptimizerArguments) -> None:

@@ -25,6 +25,7 @@ from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
 from grzoo.recipes.loading import warm_start, warm_start_tables
 from grzoo.recipes.metrics_log import MetricsLog
+from grzoo.recipes.no_effect import without_effect
 from grzoo.recipes.output_folder import check_run_folder
 from grzoo.recipes.provenance import versions
 from grzoo.recipes.ranking import (
@@ -45,6 +46,8 @@ from grzoo.recipes.training import TrainingLoop, checkpoint_to_resume, total_ste
 def main(runtime: Runtime, argv: list[str]) -> None:
     """One training run, from a log's name to an exported model."""
     settings = read_settings(argv)
+    for line in without_effect(settings):
+        runtime.say(f"warning  {line}")
     given = settings.data.dataset_dir
     check_run_folder(
         Path(settings.training.output_dir or ""),

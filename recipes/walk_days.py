@@ -20,13 +20,14 @@ import numpy as np
 import pyarrow as pa
 from grzoo.data import Catalogue, DatasetSchema, EventDataset
 from grzoo.data.prepare import days, read_log
-from grzoo.recipes.arguments import option
+from grzoo.recipes.arguments import TrainingArguments, option
 from grzoo.recipes.assembly import build_engine, build_loader, build_model, build_model_config
 from grzoo.recipes.dataset_folder import LoadedData, check_options, load, source_of
 from grzoo.recipes.deepspeed_config import resolve
 from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
 from grzoo.recipes.metrics_log import MetricsLog
+from grzoo.recipes.no_effect import without_effect
 from grzoo.recipes.output_folder import check_run_folder
 from grzoo.recipes.periods import PeriodLog, WalkArguments
 from grzoo.recipes.provenance import versions
@@ -235,7 +236,7 @@ def _check(settings: Settings) -> None:
             raise UserError(
                 f"--{name} has no effect on a walk, which ranks each period once and holds nothing out: leave it away"
             )
-    check_options(settings.data_options)
+    settings.data_options = check_options(settings.data_options)
     options = {"split", "validation", "cutoff", "test_fraction", "k_core", "ranking", "id_mapping", "max_memory_gb"}
     unused = options & set(settings.data_options)
     if unused:
@@ -250,6 +251,9 @@ def _without_effect(settings: Settings) -> list[tuple[str, bool]]:
         ("early_stopping_threshold", training.early_stopping_threshold != 0),
         ("metric_for_best_model", training.metric_for_best_model is not None),
         ("calibrate_cost", settings.step.calibrate_cost),
+        ("eval_strategy", training.eval_strategy != TrainingArguments.eval_strategy),
+        ("eval_steps", training.eval_steps != TrainingArguments.eval_steps),
+        ("eval_epochs", training.eval_epochs != TrainingArguments.eval_epochs),
     ]
 
 
@@ -257,6 +261,8 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     """One walk over a log, from its name to an exported model."""
     settings = read_settings(argv, WalkArguments, PeriodTraining)
     _check(settings)
+    for line in without_effect(settings):
+        runtime.say(f"warning  {line}")
     with user_errors():
         log = read_log(settings.data.log_name, source_of(settings.data), **settings.data_options)
     periods = PeriodLog(log, settings.more[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import amazon, event_log, movielens, synthetic
 from .append import HistoryStore, append_day, days
-from .config import PrepareConfig
+from .config import PrepareConfig, without_effect
 from .histogram import PLOT_FILE, plot_lengths
 from .log import EventLog, GroupedLog, group, k_core
 from .ranking import add_ranking_columns
@@ -32,9 +32,7 @@ __all__ = [
     "read_log",
 ]
 
-_COMMON = frozenset(
-    {"source", "overwrite", "split", "validation", "cutoff", "test_fraction", "k_core", "id_mapping", "ranking"}
-)
+_COMMON = frozenset({"overwrite", "split", "validation", "cutoff", "test_fraction", "k_core", "id_mapping", "ranking"})
 _Reader = Callable[[PrepareConfig], EventLog]
 
 
@@ -43,7 +41,8 @@ def _sources() -> dict[str, tuple[_Reader, frozenset[str]]]:
     return {
         "synthetic": (synthetic.read, synthetic.OPTIONS),
         **dict.fromkeys(movielens.NAMES, (movielens.read, movielens.OPTIONS)),
-        **dict.fromkeys(amazon.NAMES, (amazon.read, amazon.OPTIONS)),
+        **dict.fromkeys(amazon.CATEGORIES, (amazon.read, amazon.OPTIONS)),
+        "amazon": (amazon.read, amazon.OPTIONS | {"category"}),
         "event_log": (event_log.read, event_log.OPTIONS),
     }
 
@@ -85,6 +84,9 @@ def _reader(
     reader, known = readers[name]
     for option in sorted(config.changed() - known - _COMMON):
         warnings.warn(f"option {option} has no effect on {name}", stacklevel=3)
+    for option, why in without_effect(config).items():
+        if option in known | _COMMON:
+            warnings.warn(f"option {option} has no effect {why}", stacklevel=3)
     return config, reader
 
 
@@ -123,6 +125,6 @@ def prepare_log(log: EventLog, config: PrepareConfig) -> Report:
 def _write(folder: Path, config: PrepareConfig, grouped: GroupedLog, split: Split, report: Report) -> None:
     write_splits(folder, grouped, split)
     write_items(folder, grouped, train_counts(grouped, split))
-    schema_of(grouped, config.name, split, report.statistics).save(folder)
+    schema_of(grouped, config, split, report.statistics).save(folder)
     has_plot = plot_lengths(grouped.lengths, folder / PLOT_FILE)
     (folder / "README.md").write_text(card(report, split, grouped.id_mapping, has_plot), encoding="utf-8")

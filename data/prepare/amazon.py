@@ -17,16 +17,15 @@ from .config import PrepareConfig
 from .log import EventLog
 from .readers import column, existing, numbers, read_delimited, read_integer_lines, read_json_lines, seconds
 
-OPTIONS = frozenset({"category"})
+OPTIONS = frozenset({"source"})
 CATEGORIES = {"amazon-beauty": "Beauty", "amazon-sports": "Sports_and_Outdoors"}
-NAMES = (*CATEGORIES, "amazon")
 
 _Reader = Callable[[Path], EventLog]
 
 
 def read(config: PrepareConfig) -> EventLog:
     """The log of a category, from `source` (a file, or a folder in which the form is found) or downloaded (5-core)."""
-    category = config.category or CATEGORIES.get(config.name)
+    category = CATEGORIES.get(config.name, config.category)
     if not category:
         raise ValueError("amazon needs --category, as in the file names: Beauty, Books, Toys_and_Games, ...")
     if config.source is None:

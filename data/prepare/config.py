@@ -6,6 +6,7 @@ from typing import Any
 SPLITS = ("leave_one_out", "temporal", "none")
 VALIDATIONS = ("none", "last")
 LEAST_MEMORY_GB = 0.6
+_NOT_SHAPING = {"source", "overwrite", "max_memory_gb"}
 TIMESTAMP_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -68,14 +69,36 @@ class PrepareConfig:
             raise ValueError(f"test_fraction must lie between 0 and 0.5, got {self.test_fraction}")
         if self.max_memory_gb is not None and self.max_memory_gb < LEAST_MEMORY_GB:
             raise ValueError(f"max_memory_gb must be at least {LEAST_MEMORY_GB}, got {self.max_memory_gb}")
-        for name in ("num_users", "num_items"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("num_users", 1), ("num_items", 1), ("k_core", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.mean_length > 0:
+            raise ValueError(f"mean_length must be positive, got {self.mean_length}")
 
     def changed(self) -> set[str]:
         """Names of the options that differ from their defaults."""
         fresh = PrepareConfig(name=self.name, output_dir=self.output_dir)
         return {entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(fresh, entry.name)}
+
+    def shaping(self) -> dict[str, Any]:
+        """The options other than their defaults that decide what a dataset folder of this log holds."""
+        return {name: getattr(self, name) for name in sorted(self.changed() - _NOT_SHAPING)}
+
+
+def without_effect(config: PrepareConfig) -> dict[str, str]:
+    """Options that were set and that the other ones leave without effect -> why."""
+    temporal, given = config.split == "temporal", config.cutoff is not None
+    cases = {
+        "cutoff": (not temporal, f"with split {config.split}: it is for split temporal"),
+        "test_fraction": (not temporal or given, "beside a cutoff" if temporal else f"with split {config.split}"),
+        "validation": (config.split == "none", "with split none, which holds nothing out"),
+        "timestamp_unit": (config.timestamp_column is None, "without a timestamp_column"),
+        "item_metadata_id": (config.item_metadata is None, "without item_metadata"),
+        "title_column": (config.item_metadata is None, "without item_metadata"),
+        "k_core": (config.k_core == 1, "when it is 1: every user and item has an event"),
+    }
+    changed = config.changed()
+    return {name: why for name, (idle, why) in cases.items() if idle and name in changed}
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from .readers import column, existing, numbers, read_table, seconds
 
 OPTIONS = frozenset(
     {
+        "source",
         "user_column",
         "item_column",
         "timestamp_column",
@@ -32,7 +33,7 @@ def read(config: PrepareConfig) -> EventLog:
     if config.source is None:
         raise ValueError("event_log needs --source PATH, a CSV or Parquet file of events")
     path = existing(config.source)
-    table = read_table(path)
+    table = read_table(path, (config.user_column, config.item_column))
     if not len(table):
         raise ValueError(f"{path} is empty: it holds no events")
     check_features(config)
@@ -70,11 +71,13 @@ def _item_metadata(config: PrepareConfig) -> pa.Table | None:
     if config.item_metadata is None:
         return None
     path = Path(config.item_metadata)
-    table = read_table(path)
     key = config.item_metadata_id or config.item_column
+    table = read_table(path, (key,))
     column(table, key, path, "item_metadata_id")
     renamed = {key: "item_id"}
-    if config.title_column:
+    if config.title_column and config.title_column != key:
         column(table, config.title_column, path, "title_column")
         renamed[config.title_column] = "title"
-    return table.rename_columns([renamed.get(name, name) for name in table.column_names])
+    others = [name for name in table.column_names if name not in renamed and name not in renamed.values()]
+    table = table.select([*renamed, *others])
+    return table.rename_columns([*renamed.values(), *others])

@@ -72,16 +72,32 @@ def plain_ids(values: pa.Array | pa.ChunkedArray, what: str, first: int = 0) -> 
     """Ids as int64 or string in one chunk; ValueError where one is missing (event number `first` is the first)."""
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
-    if values.null_count:
-        row = pc.index(pc.is_null(values), True).as_py()
-        raise ValueError(f"event {first + row + 1} has no {what} id: fill it or drop the event")
-    if pa.types.is_integer(values.type):
-        return values.cast(pa.int64())
     if pa.types.is_dictionary(values.type):
         return plain_ids(values.cast(values.type.value_type), what, first)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+    text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    missing = pc.equal(values, "").fill_null(True) if text else pc.is_null(values)
+    if (row := pc.index(missing, True).as_py()) >= 0:
+        raise ValueError(f"event {first + row + 1} has no {what} id: fill it or drop the event")
+    if text:
         return values.cast(pa.string())
-    raise ValueError(f"{what} ids are of type {values.type}; they must be integers or text")
+    if not pa.types.is_integer(values.type):
+        raise ValueError(f"{what} ids are of type {values.type}; they must be integers or text: convert them to one")
+    try:
+        return values.cast(pa.int64())
+    except pa.ArrowInvalid:  # unsigned ones beyond it
+        return values.cast(pa.string())
+
+
+def id_notes(user_ids: pa.Array, item_ids: pa.Array) -> tuple[str, ...]:
+    """What to know of distinct ids that look like integers and are text."""
+    notes = []
+    for what, ids in (("user", user_ids), ("item", item_ids)):
+        if not pa.types.is_string(ids.type) or not pc.all(pc.match_substring_regex(ids, r"^\s*-?[0-9]+\s*$")).as_py():
+            continue
+        other = pc.invert(pc.match_substring_regex(ids, "^(0|-?[1-9][0-9]{0,17}|-?[1-8][0-9]{18})$"))
+        if (at := pc.index(other, True).as_py()) >= 0:
+            notes.append(f"{what} ids are text, as integers would not keep {ids[at].as_py()!r} as it is written")
+    return tuple(notes)
 
 
 def codes_of(values: pa.Array) -> tuple[Int64, pa.Array]:
@@ -144,7 +160,8 @@ def group(log: EventLog, id_mapping: str | None = None) -> GroupedLog:
         columns["timestamp"] = log.timestamps[order]
     columns |= {name: values[order] for name, values in log.features.items()}
     offsets = offsets_of(np.bincount(user_codes, minlength=len(user_ids)))
-    about = {name: getattr(log, name) for name in ("item_metadata", "ranking", "source", "notes")}
+    about = {name: getattr(log, name) for name in ("item_metadata", "ranking", "source")}
+    about["notes"] = (*log.notes, *id_notes(user_ids, item_ids))
     return GroupedLog(user_ids, offsets, item_codes, item_ids, model_ids, mapping, columns, **about)
 
 

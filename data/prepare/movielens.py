@@ -22,7 +22,7 @@ from .log import EventLog
 from .ranking import age_group
 from .readers import column, existing, genres, numbers, read_delimited, read_integer_lines, seconds
 
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"source"})
 NAMES = ("ml-100k", "ml-1m", "ml-20m", "ml-latest-small")
 # Of whole files; ml-1m.txt has the items of at least five ratings. ml-latest-small changes.
 _RATINGS = {"ml-100k": (100_000,), "ml-1m": (1_000_209, 999_611), "ml-20m": (20_000_263,)}

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from . import event_log
 from .config import PrepareConfig
-from .log import GroupedLog, model_ids_of
+from .log import GroupedLog, id_notes, model_ids_of
 from .splits import check_split
 from .stream import event_files, feature_columns, raw_batches, typed, whole_feature
 
@@ -69,9 +69,9 @@ class OutOfCore:
         offsets = offsets_of(keys["user"]["events"])
         codes, columns = self._sort(offsets, model_ids)
         about = event_log.about(self.config)
-        return GroupedLog(
-            keys["user"]["key"], offsets, codes, keys["item"]["key"], model_ids, mapping, columns, **about
-        )
+        user_ids, item_ids = keys["user"]["key"], keys["item"]["key"]
+        about["notes"] += id_notes(user_ids.chunk(0), item_ids.chunk(0))
+        return GroupedLog(user_ids, offsets, codes, item_ids, model_ids, mapping, columns, **about)
 
     def discard(self) -> None:
         """Remove the folder of work."""
@@ -106,8 +106,9 @@ class OutOfCore:
         begun = sum(pq.read_metadata(part).num_rows for part in parts)
         schema = pq.read_schema(parts[0]) if parts else None
         held: list[pa.Table] = []
+        ids = (self.config.user_column, self.config.item_column)
         with _progress("read", begun, None) as bar:
-            for batch in raw_batches(self.files, list(dict.fromkeys(names)), begun):
+            for batch in raw_batches(self.files, list(dict.fromkeys(names)), ids, begun):
                 table = typed(batch, self.config, Path(self.config.source or ""))
                 schema = schema or table.schema
                 _check_drift(schema, table.schema, batch.path, self.features)

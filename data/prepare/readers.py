@@ -1,5 +1,6 @@
 """Files of events as Arrow tables, with messages that name the file, the line and the columns that exist."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from .config import TIMESTAMP_UNITS
 
+_MISSING = pa.array(pcsv.ConvertOptions().null_values)
 _TOO_LATE = 7_258_118_400  # seconds to the year 2200: later times are most likely of another unit
 
 
@@ -69,8 +71,11 @@ def _content(path: Path) -> bytes:
     return data
 
 
-def read_table(path: Path) -> pa.Table:
-    """A CSV (.csv, .tsv, .txt, also .gz), JSON lines (.json, .jsonl) or Parquet file, or a folder of Parquet files."""
+def read_table(path: Path, ids: Sequence[str] = ()) -> pa.Table:
+    """A CSV (.csv, .tsv, .txt, also .gz), JSON lines (.json, .jsonl) or Parquet file, or a folder of Parquet files.
+
+    ids: columns of ids, which delimited text gives as `ids_of_text` says.
+    """
     existing(path)
     if path.is_dir():
         files = sorted(path.glob("*.parquet"))
@@ -85,7 +90,33 @@ def read_table(path: Path) -> pa.Table:
             raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
     if name.endswith((".json", ".jsonl")):
         return read_json_lines(path)
-    return read_delimited(path, "\t" if name.endswith(".tsv") else ",")
+    table = read_delimited(path, "\t" if name.endswith(".tsv") else ",", types=dict.fromkeys(ids, pa.string()))
+    for at, column_name in enumerate(table.column_names):
+        if column_name in ids:
+            table = table.set_column(at, column_name, ids_of_text(table.column(at)))
+    return table
+
+
+def ids_of_text(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Ids of delimited text: int64 where every one is written as an integer is, else text.
+
+    Hence 007 and 7 stay two ids, as do integers beyond 64 bits; numbers with a decimal point are float64. Missing
+    numbers are null.
+    """
+    trimmed = pc.utf8_trim_whitespace(values)
+    missing = pc.is_in(trimmed, value_set=_MISSING)
+    trimmed = pc.if_else(missing, pa.scalar(None, pa.string()), trimmed)
+    try:
+        numbers = trimmed.cast(pa.int64())
+        # Arrow also takes 007 and 0x7 for integers.
+        as_written = pc.all(pc.equal(numbers.cast(pa.string()), trimmed)).as_py()
+        return values if as_written is False else numbers
+    except pa.ArrowInvalid:
+        only_digits = pc.all(pc.match_substring_regex(trimmed, "^-?[0-9]*$")).as_py()
+    try:
+        return values if only_digits else trimmed.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return values
 
 
 def read_json_lines(path: Path, types: Mapping[str, pa.DataType] | None = None) -> pa.Table:
@@ -134,6 +165,8 @@ def column(table: pa.Table, name: str, path: Path, option: str | None = None) ->
     if name not in table.column_names:
         hint = f"; set {option} to one of them" if option else ""
         raise ValueError(f"{path} has no column {name!r}; it has {', '.join(table.column_names)}{hint}")
+    if table.column_names.count(name) > 1:
+        raise ValueError(f"{path} has several columns {name!r}: rename all but one")
     return table.column(name)
 
 
@@ -148,6 +181,8 @@ def seconds(values: pa.ChunkedArray, unit: str, path: Path, first: int = 0) -> I
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: times are neither numbers nor ISO 8601 ({error})") from error
     if pa.types.is_timestamp(values.type):
+        if unit != "s":
+            warnings.warn(f"timestamp_unit {unit} has no effect: {path} has times of a known unit", stacklevel=2)
         values, unit = values.cast(pa.timestamp(values.type.unit)).cast(pa.int64()), values.type.unit
     numbers = values.to_numpy() if not values.null_count else values.cast(pa.float64()).to_numpy()
     if numbers.dtype.kind == "f":

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from .config import PrepareConfig
+from .duplicates import count_duplicates
 from .histogram import PLOT_FILE
 from .log import GroupedLog
 from .splits import Split
-from .writer import short_source
+from .writer import metadata_rows, short_source
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def statistics_of(grouped: GroupedLog, split: Split) -> dict[str, Any]:
     times = grouped.columns.get("timestamp")
     if times is not None:
         values["time_span"] = [_date(int(times.min())), _date(int(times.max()))]
+        values["duplicate_events"] = count_duplicates(grouped)
     values["splits"] = {
         name: {
             "rows": len(rows.user),
@@ -72,8 +74,24 @@ def _date(seconds: int) -> str:
 
 def report_of(config: PrepareConfig, grouped: GroupedLog, split: Split) -> Report:
     """The report of a prepared data set."""
-    remarks = (*split.remarks, *grouped.notes)
-    return Report(config.name, str(config.output_dir), grouped.source, statistics_of(grouped, split), remarks)
+    statistics = statistics_of(grouped, split)
+    remarks = (*split.remarks, *grouped.notes, *_artefacts(grouped, statistics))
+    return Report(config.name, str(config.output_dir), grouped.source, statistics, remarks)
+
+
+def _artefacts(grouped: GroupedLog, statistics: Mapping[str, Any]) -> list[str]:
+    """What looks like a mistake in the raw data, and was left as it is."""
+    remarks = []
+    if count := statistics.get("duplicate_events"):
+        remarks.append(
+            f"{count:,} events have the user, item and time of another one: they are kept; where they are no events of "
+            "their own, drop them from the log, as a test event may repeat one of the history"
+        )
+    if grouped.item_metadata is not None:
+        known, items = metadata_rows(grouped).drop_null(), len(grouped.item_ids)
+        if len(known) < items:
+            remarks.append(f"the item metadata have {len(known):,} of the {items:,} items: the others have no title")
+    return remarks
 
 
 def card(report: Report, split: Split, id_mapping: str, has_plot: bool) -> str:

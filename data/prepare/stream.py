@@ -1,6 +1,6 @@
 """A log of events from its files a batch at a time, checked and typed as when it is read whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .config import PrepareConfig
 from .log import check_times, plain_ids
-from .readers import column, existing, numbers, seconds
+from .readers import column, existing, ids_of_text, numbers, seconds
 
 BATCH = 1 << 18
 _CSV_BLOCK = 16 << 20
@@ -47,11 +47,14 @@ def event_files(config: PrepareConfig) -> list[Path]:
     return files
 
 
-def raw_batches(files: list[Path], columns: list[str], skip: int = 0) -> Iterator[Batch]:
-    """The columns of the files from event `skip` on, which must be where a batch of an earlier call began."""
+def raw_batches(files: list[Path], columns: list[str], ids: Sequence[str], skip: int = 0) -> Iterator[Batch]:
+    """The columns of the files from event `skip` on, which must be where a batch of an earlier call began.
+
+    ids: which of the columns are ids.
+    """
     first = 0
     for file in files:
-        tables = _parquet(file, columns, skip - first) if _is_parquet(file) else _delimited(file, columns)
+        tables = _parquet(file, columns, skip - first) if _is_parquet(file) else _delimited(file, columns, ids)
         for rows, table in tables:
             if first >= skip and table is not None and rows:
                 yield Batch(first, table, file)
@@ -128,14 +131,24 @@ def _parquet(path: Path, columns: list[str], skip: int) -> Iterator[tuple[int, p
         raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
 
 
-def _delimited(path: Path, columns: list[str]) -> Iterator[tuple[int, pa.Table | None]]:
+def _delimited(path: Path, columns: list[str], ids: Sequence[str]) -> Iterator[tuple[int, pa.Table | None]]:
     try:
-        with _open_csv(path, []) as reader:
+        with _open_csv(path, [], ids) as reader:
             _check_columns(reader.schema.names, columns, path)
+        kinds: dict[str, pa.DataType] = {}
         # Columns that nobody asked for may hold anything.
-        with _open_csv(path, columns) as reader:
+        with _open_csv(path, columns, ids) as reader:
             for batch in reader:
-                yield len(batch), pa.Table.from_batches([batch])
+                table = pa.Table.from_batches([batch])
+                for name in ids:
+                    values = ids_of_text(table.column(name))
+                    kind = kinds.setdefault(name, values.type)
+                    if pa.types.is_string(kind) and values.type != kind:
+                        values = table.column(name)
+                    if values.type != kind and values.null_count < len(values):
+                        raise pa.ArrowInvalid(f"column {name!r} is of type {kind} first, {values.type} later")
+                    table = table.set_column(table.column_names.index(name), name, values)
+                yield len(batch), table
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is malformed: {error} (columns have the types of their first {_CSV_BLOCK >> 20} MiB; where later "
@@ -144,8 +157,8 @@ def _delimited(path: Path, columns: list[str]) -> Iterator[tuple[int, pa.Table |
 
 
 @contextmanager
-def _open_csv(path: Path, columns: list[str]) -> Iterator[pcsv.CSVStreamingReader]:
-    """A reader of these columns of delimited text, of all if none is named."""
+def _open_csv(path: Path, columns: list[str], ids: Sequence[str]) -> Iterator[pcsv.CSVStreamingReader]:
+    """A reader of these columns of delimited text, of all if none is named; `ids` as text."""
     delimiter = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
     quotes = delimiter == ","
     with pa.input_stream(str(path), compression="detect") as stream:
@@ -155,5 +168,7 @@ def _open_csv(path: Path, columns: list[str]) -> Iterator[pcsv.CSVStreamingReade
             parse_options=pcsv.ParseOptions(
                 delimiter=delimiter, quote_char='"' if quotes else False, newlines_in_values=quotes
             ),
-            convert_options=pcsv.ConvertOptions(strings_can_be_null=False, include_columns=columns),
+            convert_options=pcsv.ConvertOptions(
+                strings_can_be_null=False, include_columns=columns, column_types=dict.fromkeys(ids, pa.string())
+            ),
         )

@@ -16,6 +16,7 @@ from grzoo.data.jagged import Int64, cut_rows, offsets_of, ranges
 from grzoo.data.schema import ITEMS_FILE, SCHEMA_FILE, DatasetSchema, FeatureSpec
 from numpy.typing import NDArray
 
+from .config import PrepareConfig
 from .histogram import PLOT_FILE
 from .log import GroupedLog
 from .splits import Split, SplitRows
@@ -68,10 +69,14 @@ def replace_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def schema_of(grouped: GroupedLog, name: str, split: Split, statistics: Mapping[str, Any]) -> DatasetSchema:
+def schema_of(grouped: GroupedLog, config: PrepareConfig, split: Split, statistics: Mapping[str, Any]) -> DatasetSchema:
     """The schema of a grouped log."""
+    options = config.shaping()
+    if config.item_metadata is not None:
+        options["item_metadata"] = short_source(config.item_metadata)
     return DatasetSchema(
-        name=name,
+        name=config.name,
+        options=options,
         features=tuple(FeatureSpec(name=key, dtype=str(values.dtype)) for key, values in grouped.columns.items()),
         id_mapping=grouped.id_mapping,
         user_id_dtype="int64" if pa.types.is_integer(grouped.user_ids.type) else "string",
@@ -138,13 +143,21 @@ def train_counts(grouped: GroupedLog, split: Split) -> NDArray[np.int64]:
     return counts
 
 
+def metadata_rows(grouped: GroupedLog) -> pa.Array:
+    """The row of each item in the item metadata, null where it has none; ids of two types are compared as text."""
+    assert grouped.item_metadata is not None
+    ids, wanted = grouped.item_ids, grouped.item_metadata.column("item_id").combine_chunks()
+    if not pa.types.is_integer(ids.type) or not pa.types.is_integer(wanted.type):
+        ids, wanted = ids.cast(pa.string()), wanted.cast(pa.string())
+    return pc.index_in(ids, value_set=wanted.cast(ids.type))
+
+
 def write_items(folder: Path, grouped: GroupedLog, counts: NDArray[np.int64]) -> None:
     """Write `items.parquet`: every item of the log, joined with what its metadata says."""
     table = pa.table({"item_id": grouped.item_ids, "id": pa.array(grouped.model_ids), "count": pa.array(counts)})
     metadata = grouped.item_metadata
     if metadata is not None:
-        wanted = metadata.column("item_id").cast(grouped.item_ids.type)
-        index = pc.index_in(grouped.item_ids, value_set=wanted.combine_chunks())
+        index = metadata_rows(grouped)
         for name in metadata.column_names:
             if name not in table.column_names:
                 table = table.append_column(name, metadata.column(name).take(index))

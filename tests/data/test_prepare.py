@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from grzoo.data import Catalogue, DatasetSchema, EventDataset
-from grzoo.data.prepare import EventLog, PrepareConfig, prepare, prepare_log
+from grzoo.data.prepare import EventLog, PrepareConfig, duplicates, prepare, prepare_log
 from grzoo.data.prepare.log import group, k_core
 from grzoo.data.prepare.splits import split_log
 from grzoo.data.prepare.writer import new_folder
@@ -244,6 +244,59 @@ def test_options_without_effect_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cutoff": 5}, "cutoff has no effect with split leave_one_out: it is for split temporal"),
+        ({"test_fraction": 0.2}, "test_fraction has no effect with split leave_one_out"),
+        ({"split": "temporal", "cutoff": 3, "test_fraction": 0.2}, "test_fraction has no effect beside a cutoff"),
+        ({"split": "none", "validation": "last"}, "validation has no effect with split none"),
+        ({"timestamp_column": None, "timestamp_unit": "ms"}, "timestamp_unit has no effect without a timestamp_column"),
+        ({"timestamp_unit": "ms"}, "timestamp_unit ms has no effect: .*log.csv has times of a known unit"),
+        ({"title_column": "name"}, "title_column has no effect without item_metadata"),
+        ({"item_metadata_id": "name"}, "item_metadata_id has no effect without item_metadata"),
+        ({"k_core": 1}, "k_core has no effect when it is 1"),
+        ({"category": "Books"}, "option category has no effect on event_log"),
+    ],
+)
+def test_options_that_others_leave_without_effect_are_told(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    rows = ["user_id,item_id,t", *(f"{user},{item},1970-01-01 00:00:0{item}" for user in (1, 2) for item in (1, 2, 3))]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    with pytest.warns(UserWarning, match=message) as told:
+        prepare("event_log", tmp_path / "out", tmp_path / "log.csv", **{"timestamp_column": "t", **options})
+    assert len(told) == 1
+
+
+def test_what_other_logs_do_not_read_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="option source has no effect on synthetic"):
+        prepare("synthetic", tmp_path / "out", "raw", num_users=20, num_items=30, mean_length=6.0)
+    with pytest.warns(UserWarning, match="option category has no effect on amazon-beauty"):
+        with pytest.raises(FileNotFoundError, match="Beauty.txt"):
+            prepare("amazon-beauty", tmp_path / "other", tmp_path, category="Books")
+
+
+@given(EVENTS, st.integers(1, 40))
+def test_duplicates_are_counted_as_in_a_set(events: list[tuple[int, int, int]], chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "_CHUNK", chunk)
+        assert duplicates.count_duplicates(group(log_of(events))) == len(events) - len(set(events))
+    assert duplicates.count_duplicates(group(log_of(events, times=False))) == 0
+
+
+def test_duplicates_are_told_and_kept(tmp_path: Path) -> None:
+    events = [(1, 5, 10), (1, 6, 10), (1, 5, 10), (2, 5, 10), (2, 5, 11), (1, 5, 10)]
+    report = prepare_log(log_of(events), config(tmp_path / "out"))
+    assert any(line.startswith("2 events have the user, item and time of another one") for line in report.lines())
+    statistics = DatasetSchema.load(tmp_path / "out").statistics
+    assert (statistics["duplicate_events"], statistics["events"]) == (2, 6)
+    clean = prepare_log(log_of([*dict.fromkeys(events)]), config(tmp_path / "clean"))
+    assert not any("another one" in line for line in clean.lines()) and clean.statistics["duplicate_events"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k_core": -1}, "k_core must be at least 0, got -1"),
+        ({"mean_length": 0.0}, "mean_length must be positive, got 0.0"),
         ({"name": "movies"}, "no data set 'movies'; there are .*ml-1m"),
         ({"split": "random"}, "split is 'random'; it is one of leave_one_out, temporal"),
         ({"validation": "first"}, "validation is 'first'"),

@@ -35,9 +35,11 @@ def test_a_run_balanced_by_measured_time_has_the_same_losses(
     assert "measured: " in capsys.readouterr().out
 
 
-def test_settings_without_effect_and_models_without_measurement_are_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="prefetch_factor has no effect with --dataloader_num_workers 0"):
-        losses(tmp_path / "a", "--dataloader_prefetch_factor", "3")
+def test_settings_without_effect_and_models_without_measurement_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses(tmp_path / "a", "--dataloader_prefetch_factor", "3")
+    assert "prefetch_factor has no effect with --dataloader_num_workers 0" in capsys.readouterr().out
     with pytest.raises(UserError, match="dataloader_prefetch_factor must be positive, got 0"):
         losses(tmp_path / "b", "--dataloader_prefetch_factor", "0")
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from grzoo.data import Catalogue, EventDataset
+from grzoo.data.prepare import prepare
 from grzoo.models import AutoModelForRetrieval
 from grzoo.recipes.arguments import DataArguments, EvaluationArguments
-from grzoo.recipes.dataset_folder import find_or_prepare
+from grzoo.recipes.dataset_folder import find_or_prepare, load
 from grzoo.recipes.evaluate import main as evaluate
 from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.export import main as export
+from grzoo.recipes.known_items import strangers
 from grzoo.recipes.metrics import ranking_metrics
 from grzoo.recipes.recommend import main as recommend
 from grzoo.recipes.runtime import Runtime, UserError
@@ -143,6 +145,7 @@ def test_recommendations_for_a_history_and_for_a_user(inside, capsys):
         (["--history", "1", "--dataset_dir", "data"], "--dataset_dir goes with --user"),
         (["--expect", "missing.json"], "missing.json"),
         (["--expect", "out/export/config.json"], "is no recommendations.json"),
+        (["--history", "1", "--top_k", "0"], "--top_k takes numbers from 1, got 0"),
         (["--user", "3"], "--dataset_dir"),
         (["--user", "999", "--dataset_dir", "data"], "rows 0 to"),
         ([], "--history"),
@@ -162,6 +165,19 @@ def test_settings_without_effect_are_told(inside, capsys):
     told = capsys.readouterr().out
     assert "dataset=ml-1m has no effect: the folder was prepared with synthetic" in told
     assert "validation=none has no effect: the folder was prepared with last" in told
+
+
+def test_only_other_data_settings_than_those_of_the_folder_are_told(inside, capsys):
+    """The same command again, as for a resume, says nothing; another one names what the folder does not follow."""
+    same = {"num_users": 60, "num_items": 40, "mean_length": 8, "validation": "last", "max_memory_gb": None}
+    find_or_prepare(DataArguments(dataset_dir=str(inside / "data")), same, Runtime(0, 0, 1, 1))
+    assert "warning" not in capsys.readouterr().out
+    other = DataArguments(dataset_dir=str(inside / "data"), source="raw/log.csv")
+    find_or_prepare(other, {**same, "num_users": 61, "k_core": 5}, Runtime(0, 0, 1, 1))
+    told = capsys.readouterr().out
+    assert "num_users=61 has no effect: the folder was prepared with 60" in told
+    assert "k_core=5 has no effect: the folder was prepared with 0" in told
+    assert "--source raw/log.csv has no effect" in told and told.count("warning") == 3
 
 
 def test_checkpoint_evaluates_and_exports_like_the_run(inside):
@@ -185,6 +201,35 @@ def test_checkpoint_evaluates_and_exports_like_the_run(inside):
     assert (inside / "again/preprocessor_config.json").read_text() == (
         inside / "out/export/preprocessor_config.json"
     ).read_text()
+
+
+@pytest.mark.parametrize("mapping", ["identity", "vocabulary"])
+def test_a_model_that_does_not_know_the_items_says_so(inside, capsys, mapping, tmp_path):
+    rows = [f"{user},{item + 1000 * (mapping == 'identity')},{item}" for user in range(3) for item in range(1, 5)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,t", *rows]))
+    data = tmp_path / "other"
+    prepare("event_log", data, tmp_path / "log.csv", timestamp_column="t", id_mapping=mapping)
+    for model in ("out/export", "out/checkpoint-7"):
+        run_here(evaluate, "--model", model, "--dataset_dir", data, "--use_cpu", "--top_k", 1)
+        told = capsys.readouterr().out
+        assert "trained on synthetic" in told and "is event_log: have items the same ids?" in told
+        assert ("rows of 0 of the 4 items" in told) == (mapping == "identity")
+    run_here(recommend, "--model", "out/export", "--dataset_dir", data, "--user", 0)
+    assert "the model was trained on synthetic" in capsys.readouterr().out
+    run_here(evaluate, "--model", "out/export", "--dataset_dir", "data", "--use_cpu")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_another_vocabulary_is_told(inside, tmp_path):
+    model = AutoModelForRetrieval.from_pretrained("out/export")
+    for name, items in (("one", "abc"), ("two", "acb")):
+        rows = [f"{user},{item},{time}" for user in range(3) for time, item in enumerate(items)]
+        (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,t", *rows]))
+        prepare("event_log", tmp_path / name, tmp_path / "log.csv", timestamp_column="t", id_mapping="vocabulary")
+    one, two = (load(tmp_path / name) for name in ("one", "two"))
+    assert not strangers(model, tmp_path / "one", one)
+    (told,) = strangers(model, tmp_path / "one", two)
+    assert told.startswith("2 of the 3 items") and "another number" in told
 
 
 def test_evaluation_equals_brute_force(inside):
@@ -234,6 +279,9 @@ def test_other_settings_train_too(inside, sampling):
     [
         (["--learning_rte", "1"], ["--learning_rte", "--learning_rate"]),
         (["--data.num_userz", "1"], ["num_userz", "num_users"]),
+        (["--data.num_users", "many"], ["num_users", "many"]),
+        (["--data.source", "x"], ["--source", "data.source"]),
+        (["--data.k_core", "-2"], ["k_core", "-2"]),
         (["--model.hidden_sizes", "1"], ["hidden_sizes", "hidden_size"]),
         (["--model.num_negatives", "1"], ["--num_negatives"]),
         (["--model.model_type", "bert"], ["bert", "hstu"]),

@@ -1,9 +1,10 @@
 """Law: the command line wins over the YAML, and nothing that is given is silently ignored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from grzoo.data.prepare import PrepareConfig
 from grzoo.recipes.arguments import (
     CommonArguments,
     DataArguments,
@@ -13,6 +14,8 @@ from grzoo.recipes.arguments import (
     TrainingArguments,
 )
 from grzoo.recipes.assembly import build_model_config
+from grzoo.recipes.dataset_folder import RECIPE_OWNED
+from grzoo.recipes.no_effect import without_effect
 from grzoo.recipes.parsing import build_config, parse
 from grzoo.recipes.periods import WalkArguments
 from grzoo.recipes.runtime import UserError
@@ -20,6 +23,12 @@ from grzoo.recipes.settings import read_settings
 from grzoo.recipes.walk_days import PeriodTraining
 
 ALL = [CommonArguments, DataArguments, EvaluationArguments, OptimizerArguments, StepArguments, TrainingArguments]
+
+
+HSTU = ["hstu_synthetic", "hstu_ml1m", "hstu_ml100k", "hstu_beauty", "hstu_sports"]
+SASREC = ["sasrec_ml1m", "sasrec_ml100k", "sasrec_beauty", "sasrec_sports"]
+RANKING = ["mtgr_ml1m", "mtgr_ml100k", "dlrm_hstu_ml100k", "dlrm_ml100k"]  # trained a step in test_ranking.py
+WALK = ["walk_ml_latest_small"]
 
 
 def parse_all(*argv):
@@ -85,6 +94,68 @@ def test_mistakes_are_named(yaml_file, argv, yaml, parts):
         assert part in str(error.value)
 
 
+def test_a_recipe_without_sections_refuses_them():
+    with pytest.raises(UserError, match=r"unknown argument '--model.hidden_size'"):
+        parse([EvaluationArguments], ["--model.hidden_size", "3"], sections=())
+
+
+def test_help_names_every_setting_of_the_data(capsys):
+    with pytest.raises(SystemExit):
+        read_settings(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    own = {field.name for field in fields(PrepareConfig)} - set(RECIPE_OWNED)
+    assert not [name for name in own if f" {name}," not in shown and f" {name}." not in shown]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("warmup_steps", "-1"),
+        ("weight_decay", "-0.1"),
+        ("max_grad_norm", "nan"),
+        ("save_total_limit", "-1"),
+        ("learning_rate", "nan"),
+        ("max_candidates", "0"),
+        ("top_k", "0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(flag, value):
+    with pytest.raises(UserError, match=f"--{flag} .*{value}"):
+        read_settings(["--output_dir", "x", f"--{flag}", value])
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("--eval_steps 5", "--eval_steps has no effect with --eval_strategy epoch"),
+        ("--eval_epochs 5 --eval_strategy steps", "--eval_epochs has no effect with --eval_strategy steps"),
+        ("--save_steps 5", "--save_steps has no effect with --save_strategy epoch"),
+        ("--save_total_limit 5 --save_strategy no", "--save_total_limit has no effect with --save_strategy no"),
+        ("--warmup_steps 5", "--warmup_steps has no effect with --lr_scheduler_type constant"),
+        ("--window_overlap 0.2", "--window_overlap has no effect with --windows recent"),
+        ("--stochastic_alpha 1.2 --windows sliding", "--stochastic_alpha has no effect with --windows sliding"),
+        ("--num_negatives 5 --negative_sampling all", "--num_negatives has no effect with --negative_sampling all"),
+        ("--num_recent 5", "--num_recent has no effect with a retrieval model"),
+        ("--windows sliding --model.model_type mtgr", "--windows has no effect with a ranking model"),
+        ("--top_k 3 --model.model_type mtgr", "--top_k has no effect with a ranking model"),
+        (
+            "--dataloader_prefetch_factor 3",
+            "--dataloader_prefetch_factor has no effect with --dataloader_num_workers 0",
+        ),
+        ("--eval_steps 5 --eval_strategy steps --warmup_steps 2 --lr_scheduler_type cosine", None),
+        ("--window_overlap 0.2 --windows sliding --num_negatives 5 --negative_sampling shared", None),
+    ],
+)
+def test_settings_that_others_leave_without_effect_are_told(argv, told):
+    lines = without_effect(read_settings(["--output_dir", "x", *argv.split()]))
+    assert [line.startswith(told) for line in lines] == [True] if told else not lines
+
+
+@pytest.mark.parametrize("name", HSTU + SASREC + RANKING + WALK)
+def test_shipped_configurations_have_no_setting_without_effect(name):
+    assert not without_effect(read_settings(["--config", name, "--output_dir", "x"], WalkArguments, PeriodTraining))
+
+
 def test_unknown_hyperparameter_names_near_ones():
     @dataclass
     class Config:
@@ -93,12 +164,6 @@ def test_unknown_hyperparameter_names_near_ones():
     assert build_config(Config, {"hidden_size": 9}).hidden_size == 9
     with pytest.raises(UserError, match="'hidden_sizes' of Config; did you mean hidden_size"):
         build_config(Config, {"hidden_sizes": 9})
-
-
-HSTU = ["hstu_synthetic", "hstu_ml1m", "hstu_ml100k", "hstu_beauty", "hstu_sports"]
-SASREC = ["sasrec_ml1m", "sasrec_ml100k", "sasrec_beauty", "sasrec_sports"]
-RANKING = ["mtgr_ml1m", "mtgr_ml100k", "dlrm_hstu_ml100k", "dlrm_ml100k"]  # trained a step in test_ranking.py
-WALK = ["walk_ml_latest_small"]
 
 
 def test_every_shipped_configuration_is_tested():
