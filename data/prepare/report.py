@@ -10,6 +10,7 @@ import numpy as np
 from .config import PrepareConfig
 from .duplicates import count_duplicates
 from .histogram import PLOT_FILE
+from .labels import label_lines, label_remarks, label_shares
 from .log import GroupedLog
 from .splits import Split
 from .writer import metadata_rows, short_source
@@ -37,11 +38,11 @@ class Report:
             lines.append(f"time span: {values['time_span'][0]} to {values['time_span'][1]}")
         for name, part in values["splits"].items():
             lines.append(f"{name}: {part['rows']:,} rows, {part['events']:,} events, {part['targets']:,} targets")
-        return [*lines, *self.remarks]
+        return [*lines, *label_lines(values.get("labels", {})), *self.remarks]
 
 
 def statistics_of(grouped: GroupedLog, split: Split) -> dict[str, Any]:
-    """Users, items, events, length percentiles, time span, and rows, events and targets of every split."""
+    """Users, items, events, length percentiles, time span; of every split rows, events, targets and labels."""
     lengths = grouped.lengths
     percentiles = {f"p{p}": round(float(np.percentile(lengths, p))) for p in (50, 90, 99)}
     values: dict[str, Any] = {
@@ -62,6 +63,8 @@ def statistics_of(grouped: GroupedLog, split: Split) -> dict[str, Any]:
         }
         for name, rows in split.rows.items()
     }
+    if grouped.ranking:
+        values["labels"] = label_shares(grouped, split)
     return values
 
 
@@ -91,7 +94,7 @@ def _artefacts(grouped: GroupedLog, statistics: Mapping[str, Any]) -> list[str]:
         known, items = metadata_rows(grouped).drop_null(), len(grouped.item_ids)
         if len(known) < items:
             remarks.append(f"the item metadata have {len(known):,} of the {items:,} items: the others have no title")
-    return remarks
+    return remarks + label_remarks(statistics.get("labels", {}))
 
 
 def card(report: Report, split: Split, id_mapping: str, has_plot: bool) -> str:
