@@ -24,7 +24,7 @@ from grzoo.embeddings.io import (
 from huggingface_hub import HfApi
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, cached_files, extract_commit_hash
@@ -48,15 +48,28 @@ class GenRecPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     embedding_collection: DynamicEmbeddingCollection
     attention_functions: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}  # by `attn_implementation`
+    input_module: ClassVar[str]  # of the backbone: its output enters what the first layer reads
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         name = attn_implementation or "auto"
-        if name not in self.attention_functions:
+        if name not in (choices := list(self.attention_functions) or ["auto"]):
             raise ValueError(
-                f"attn_implementation={name!r} is not available for {type(self).__name__}; "
-                f"choose from {list(self.attention_functions)}."
+                f"attn_implementation={name!r} is not available for {type(self).__name__}; choose from {choices}."
             )
         return name
+
+    def enable_input_require_grads(self) -> None:
+        """Have what the first layer reads require gradients though all before it is frozen: for adapters and reentrant
+        checkpoints. transformers looks for input embeddings to hook, and rows come from tables.
+        """
+
+        def require(module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            for tokens in (output,) if isinstance(output, Tensor) else output:
+                tokens.requires_grad_(True)
+
+        self.disable_input_require_grads()
+        module = self.base_model.get_submodule(self.input_module)
+        self._require_grads_hooks = [module.register_forward_hook(require)]
 
     def new_embeddings(self, backend: str) -> DynamicEmbeddingCollection:
         """The tables that the config describes, without rows, for a backbone to keep as `embedding_collection`."""

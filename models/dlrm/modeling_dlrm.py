@@ -17,6 +17,7 @@ from .configuration_dlrm import DLRMConfig
 class DLRMPreTrainedModel(RankingPreTrainedModel):
     config: DLRMConfig
     supports_gradient_checkpointing = False
+    attention_functions = {}  # it has no attention
 
 
 class DLRMModel(DLRMPreTrainedModel, RankingBackbone):

@@ -75,6 +75,7 @@ class HSTUPreTrainedModel(GenRecPreTrainedModel):
     _no_split_modules = ["HSTULayer"]
     _can_record_outputs = {"hidden_states": HSTULayer}
     attention_functions = HSTU_ATTENTION_FUNCTIONS
+    input_module = "position_embedding"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -105,7 +106,6 @@ class HSTUModel(HSTUPreTrainedModel):
         self.embedding_collection = self.new_embeddings(embedding_backend)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(HSTULayer(config, index) for index in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
         self.post_init()
 
     def embedding_ids(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

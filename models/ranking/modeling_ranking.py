@@ -25,15 +25,8 @@ class RankingPreTrainedModel(GenRecPreTrainedModel):
     """Base of the backbones and of the models with a head."""
 
     config: RankingConfig
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        name = attn_implementation or "auto"
-        if name not in SILU_ATTENTION_FUNCTIONS:
-            raise ValueError(
-                f"attn_implementation={name!r} is not available for {type(self).__name__}; "
-                f"choose from {list(SILU_ATTENTION_FUNCTIONS)}."
-            )
-        return name
+    attention_functions = SILU_ATTENTION_FUNCTIONS
+    input_module = "features"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -41,20 +34,6 @@ class RankingPreTrainedModel(GenRecPreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-
-    def enable_input_require_grads(self) -> None:
-        """Have the feature tokens require gradients: what a frozen model's layers read, for adapters and reentrant
-        checkpoints. There is no module of input embeddings to hook.
-        """
-
-        def require(module: nn.Module, inputs: tuple[Any, ...], tokens: tuple[Tensor, ...]) -> None:
-            for token in tokens:
-                token.requires_grad_(True)
-
-        self.disable_input_require_grads()
-        features = self.base_model.features
-        assert isinstance(features, FeatureTokens)
-        self._require_grads_hooks = [features.register_forward_hook(require)]
 
     def embedding_ids(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return self._ids(RankingBatch.from_fields(batch, self.config))

@@ -76,6 +76,7 @@ class SASRecPreTrainedModel(GenRecPreTrainedModel):
     _no_split_modules = ["SASRecLayer"]
     _can_record_outputs = {"hidden_states": SASRecLayer}
     attention_functions = SOFTMAX_ATTENTION_FUNCTIONS
+    input_module = "position_embedding"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -103,7 +104,6 @@ class SASRecModel(SASRecPreTrainedModel):
         self.layers = nn.ModuleList(SASRecLayer(config, index) for index in range(config.num_hidden_layers))
         # BERT's order normalises the input of the first block, the others the output of the last.
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
         self.post_init()
 
     def embedding_ids(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

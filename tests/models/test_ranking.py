@@ -144,8 +144,13 @@ def test_long_history_is_refused_by_forward_and_cut_by_score(model, ranking):
 
 
 def test_unknown_attention(model):
-    with pytest.raises(ValueError, match="attn_implementation"):
+    with pytest.raises(ValueError, match="attn_implementation='fast' is not available for .*ForRanking; choose from"):
         model.set_attn_implementation("fast")
+
+
+def test_dlrm_has_no_attention_to_choose(ranking_model):
+    with pytest.raises(ValueError, match=r"'eager' is not available for DLRMForRanking; choose from \['auto'\]"):
+        ranking_model(DLRMForRanking, DLRMConfig).set_attn_implementation("eager")
 
 
 def test_score_knows_its_arguments(model, batch):
