@@ -126,6 +126,7 @@ class DynamicEmbeddingCollection(nn.Module):
         insert = self.training if insert is None else insert
         return prepare_step(self, micro_batches, insert=insert, count=insert if count is None else count)
 
+    @torch.compiler.disable  # ids are a matter of the host; a compiled model goes on with the rows
     def forward(
         self, ids: Mapping[str, FeatureInput], *, insert: bool | None = None, count: bool | None = None
     ) -> MicroBatchEmbeddings:

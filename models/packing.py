@@ -87,6 +87,15 @@ def is_padded(batch: Mapping[str, Any]) -> bool:
     return batch.get("cu_seq_lens_q") is None
 
 
+def refuse_export() -> None:
+    """Raise NotImplementedError under `torch.export`, which would say something of a symbol in its own graph."""
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "torch.export cannot hold this model: the lengths of a batch are read on the host, and rows come from "
+            "tables that are no part of the graph. Serve it from the folder of save_pretrained; torch.compile works."
+        )
+
+
 def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a padded micro-batch into a packed one; a packed one is checked and returned as it is.
 
@@ -107,6 +116,7 @@ def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         >>> pack_batch(batch)["input_ids"]
         tensor([[5, 6, 7]])
     """
+    refuse_export()
     batch = {name: value for name, value in batch.items() if value is not None}
     if not is_padded(batch):
         if "attention_mask" in batch:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from grzoo.models.packing import JaggedLayout, check_times, packed_positions
+from grzoo.models.packing import JaggedLayout, check_times, packed_positions, refuse_export
 from torch import Tensor
 
 from .configuration_ranking import RankingConfig
@@ -73,6 +73,7 @@ class RankingBatch:
             event that is not before its user's candidates, dense features that are not finite, known labels outside
             [0, 1].
         """
+        refuse_export()
         given = {name: value for name, value in given.items() if value is not None}
         _require(given, config)
         layout, events = _pack(given, "input_ids", "cu_seq_lens_q", "attention_mask", _EVENT_FIELDS)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from grzoo.models import MTGRConfig, MTGRForRanking
 
 HISTORY = torch.tensor([[3, 4, 5, 6], [9, 8, 0, 0]])
 FIELDS = {"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), "timestamps": HISTORY.cumsum(1)}
@@ -30,3 +31,44 @@ def test_gradient_checkpointing_reaches_layers_behind_frozen_vectors(use_reentra
     model.disable_input_require_grads()
     assert not model.model.position_embedding._forward_hooks
     assert "Gradients cannot flow" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+def test_a_compiled_hstu_takes_the_same_steps(attention, micro_model, batches):
+    """With dropout, whose keys are 64-bit words, and lengths that differ from step to step."""
+    model, batches_of_steps = micro_model(), [batches.make_batch([3, 5], seed=1), batches.make_batch([7, 1], seed=2)]
+    model.set_attn_implementation(attention)
+    want = [batches.by_id(model, [batch]) for batch in batches_of_steps]
+    torch.compiler.reset()
+    model.compile(backend="eager")
+    for batch, result in zip(batches_of_steps, want, strict=True):
+        batches.assert_same(batches.by_id(model, [batch]), result)
+    model(**batches_of_steps[0]).loss.backward()  # looks the rows up itself
+
+
+@pytest.mark.slow
+def test_a_compiled_sasrec_takes_the_same_steps(micro_sasrec, batches):
+    model, batch = micro_sasrec(), batches.make_batch([3, 5])
+    want = batches.by_id(model, [batch])
+    torch.compiler.reset()
+    model.compile(backend="eager")
+    batches.assert_same(batches.by_id(model, [batch]), want)
+
+
+@pytest.mark.slow
+def test_a_compiled_mtgr_takes_the_same_steps(ranking_model, ranking):
+    model, batch = ranking_model(MTGRForRanking, MTGRConfig), ranking.make_ranking_batch([5, 3], [2, 1])
+    model.set_attn_implementation("eager")
+    want = ranking.ranking_step(model, [batch])
+    torch.compiler.reset()
+    model.compile(backend="eager")
+    ranking.assert_same_step(ranking.ranking_step(model, [batch]), want)
+
+
+def test_exporting_is_refused_in_words(build, ranking_model, ranking):
+    with pytest.raises(NotImplementedError, match="torch.export cannot hold this model.*save_pretrained"):
+        torch.export.export(build().eval(), (HISTORY,), FIELDS)
+    mtgr, batch = ranking_model(MTGRForRanking, MTGRConfig).eval(), ranking.make_ranking_batch([5, 3], [2, 1])
+    with pytest.raises(NotImplementedError, match="torch.export cannot hold this model"):
+        torch.export.export(mtgr, (), batch)

@@ -16,6 +16,7 @@ from .bias import position_bias, position_bias_gradient, time_bias_gradient
 from .grouping import Group, GroupPlan, plan_groups
 
 
+@torch.compiler.disable  # its loop over pieces, written into buffers, cannot be traced
 def hstu_attention_eager(
     query: Tensor,
     key: Tensor,

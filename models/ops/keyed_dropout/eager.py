@@ -1,8 +1,10 @@
 """Keyed dropout in few passes over memory."""
 
 import torch
-from grzoo.embeddings.keyed import fold, mix64
+from grzoo.embeddings.keyed import mix64
 from torch import Tensor
+
+from .row_keys import row_keys
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _COLUMN_SALT = 0x632BE59BD9B4E019
@@ -13,9 +15,7 @@ _CHUNK = 1 << 14  # elements: the two int64 buffers of a chunk stay in the cache
 
 def keyed_dropout_eager(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
     """`keyed_dropout_naive` (formula and shapes there), the same mask bit for bit; keeps one byte per element."""
-    row_keys = fold(token_keys, site)
-    assert isinstance(row_keys, Tensor)
-    dropped = dropout_mask(row_keys, x.shape[1], p)
+    dropped = dropout_mask(row_keys(token_keys, site), x.shape[1], p)
     return x.masked_fill(dropped, 0) * (1 / (1 - p))
 
 

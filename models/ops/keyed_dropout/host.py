@@ -3,10 +3,11 @@
 import ctypes
 
 import torch
-from grzoo.embeddings.keyed import fold
 from grzoo.models.ops.host import library
 from grzoo.models.ops.shapes import check_shape
 from torch import Tensor
+
+from .row_keys import row_keys
 
 
 def keyed_dropout_host(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
@@ -17,9 +18,7 @@ def keyed_dropout_host(x: Tensor, p: float, token_keys: Tensor, site: int) -> Te
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         raise ValueError(f"The host kernel takes float32 CPU tensors, got {x.dtype} on {x.device}: use keyed_dropout.")
-    row_keys = fold(token_keys, site)
-    assert isinstance(row_keys, Tensor)
-    out: Tensor = _keyed_dropout(x, row_keys, p)
+    out: Tensor = _keyed_dropout(x, row_keys(token_keys, site), p)
     return out
 
 

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 import triton
 from grzoo.embeddings.kernels.triton.launch import blocks, on, runs_on
-from grzoo.embeddings.keyed import fold
 from grzoo.models.ops.shapes import check_shape
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from .row_keys import row_keys
 
 
 def keyed_dropout_triton(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
@@ -22,9 +22,7 @@ def keyed_dropout_triton(x: Tensor, p: float, token_keys: Tensor, site: int) -> 
         raise ValueError(
             f"The Triton kernel takes GPU tensors of at most 32 bits, got {x.dtype} on {x.device}: use keyed_dropout."
         )
-    row_keys = fold(token_keys, site)
-    assert isinstance(row_keys, Tensor)
-    out: Tensor = _keyed_dropout(x, row_keys, p)
+    out: Tensor = _keyed_dropout(x, row_keys(token_keys, site), p)
     return out
 
 

@@ -3,8 +3,8 @@
 import ctypes
 
 import torch
-from grzoo.embeddings.keyed import fold
 from grzoo.models.ops.host import HIGHEST_LEVEL, library
+from grzoo.models.ops.keyed_dropout.row_keys import row_keys
 from grzoo.models.ops.shapes import check_shape
 from torch import Tensor
 
@@ -22,9 +22,8 @@ def norm_gate_dropout_host(
             f"The host kernel takes float32 CPU tensors, got {x.dtype} and {gate.dtype} on {x.device}: "
             "use norm_gate_dropout."
         )
-    row_keys = None if token_keys is None else fold(token_keys, site)
-    assert row_keys is None or isinstance(row_keys, Tensor)
-    out: Tensor = _norm_gate_dropout(x, gate, row_keys, eps, p)
+    keys = None if token_keys is None else row_keys(token_keys, site)
+    out: Tensor = _norm_gate_dropout(x, gate, keys, eps, p)
     return out
 
 

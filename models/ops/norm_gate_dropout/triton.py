@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from grzoo.embeddings.kernels.triton.launch import blocks, on, runs_on
-from grzoo.embeddings.keyed import fold
+from grzoo.models.ops.keyed_dropout.row_keys import row_keys
 from grzoo.models.ops.keyed_dropout.triton import dense_rows, shape_of, threshold
 from torch import Tensor
 
@@ -25,9 +25,8 @@ def norm_gate_dropout_triton(
             f"The Triton kernel takes GPU tensors of at most 32 bits, got {x.dtype} on {x.device}: "
             "use norm_gate_dropout."
         )
-    row_keys = None if token_keys is None else fold(token_keys, site)
-    assert row_keys is None or isinstance(row_keys, Tensor)
-    out: Tensor = _norm_gate_dropout(x, gate.to(x.dtype), row_keys, eps, p)
+    keys = None if token_keys is None else row_keys(token_keys, site)
+    out: Tensor = _norm_gate_dropout(x, gate.to(x.dtype), keys, eps, p)
     return out
 
 

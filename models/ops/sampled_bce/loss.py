@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+@torch.compiler.disable  # torch cannot go on inside the autocast block after `sampled_logits`
 def sampled_bce_loss(
     query: Tensor,
     rows: Tensor,

@@ -19,6 +19,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@torch.compiler.disable  # its loop over pieces, written into buffers, cannot be traced
 def sampled_logits(query: Tensor, rows: Tensor, index: Tensor, *, method: str | None = None) -> Tensor:
     """`sampled_logits_naive` (formula and shapes there) without a [T, N, D] tensor; deterministic.
 

@@ -19,6 +19,7 @@ from .visibility import NEVER, Visibility
 _MASK_CACHE_BYTES = 64 << 20
 
 
+@torch.compiler.disable  # its loop over pieces, written into buffers, cannot be traced
 def silu_attention_eager(
     query: Tensor,
     key: Tensor,
