@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from grzoo.embeddings import SparseSGD
 from grzoo.embeddings.io import INDEX_NAME
 from grzoo.models import AutoModelForRetrieval, HSTUForRetrieval, HSTUModel
-from transformers import AutoModel
+from safetensors import safe_open
+from transformers import AutoModel, PreTrainedModel
 
 HISTORY = torch.tensor([[1, 2, 3, 4, 5]])
 TIMES = {"timestamps": HISTORY * 1000}
@@ -86,6 +88,50 @@ def test_loading_options_reach_the_model(trained, tmp_path):
     assert loaded.dtype == torch.bfloat16 and loaded.config._attn_implementation == "naive"
     assert torch.equal(rows_of(loaded)["rows"], rows_of(trained)["rows"])
     assert loaded.recommend(HISTORY, top_k=4, **TIMES).scores.dtype == torch.float32
+
+
+def test_rows_are_saved_in_the_precision_that_is_asked_for(trained, tmp_path):
+    trained.save_pretrained(tmp_path, row_dtype="bfloat16")
+    with safe_open(tmp_path / "embeddings-00001-of-00001.safetensors", "pt") as file:
+        assert file.get_tensor("items.rows").dtype == torch.bfloat16
+    rows = rows_of(AutoModelForRetrieval.from_pretrained(tmp_path))["rows"]
+    assert torch.equal(rows, rows_of(trained)["rows"].bfloat16().float())
+
+
+def test_dense_weights_and_tables_come_from_one_commit(trained, tmp_path, monkeypatch):
+    """Also when somebody pushes in between: what `main` is, is asked once."""
+    trained.save_pretrained(tmp_path)
+    load, asked = PreTrainedModel.from_pretrained.__func__, []
+
+    def dense(cls, name, **options):
+        asked.append(options.pop("revision"))
+        return load(cls, tmp_path, **options)
+
+    def tables(name, options):
+        asked.append(options["revision"])
+        return tmp_path
+
+    monkeypatch.setattr("grzoo.models.base._commit", lambda name, options: "c0ffee")
+    monkeypatch.setattr("grzoo.models.base._table_folder", tables)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(dense))
+    HSTUForRetrieval.from_pretrained("me/hstu")
+    assert asked == ["c0ffee", "c0ffee"]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_tables_are_read_only_unless_they_are_to_be_trained(trainable, trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    model = AutoModelForRetrieval.from_pretrained(tmp_path, trainable=trainable, embedding_backend="naive")
+    if not trainable:
+        with pytest.raises(ValueError, match="read-only.*trainable=True"):
+            SparseSGD(model.embeddings, lr=0.5)
+        return
+    optimizer = SparseSGD(model.embeddings, lr=0.5)
+    model.train().embeddings({"input_ids": torch.tensor([3, 99])})["input_ids"].sum().backward()
+    optimizer.step()
+    assert model.embeddings.num_rows() == trained.embeddings.num_rows() + 1
+    got, want = (each.embeddings({"input_ids": torch.tensor([3])}, insert=False) for each in (model.eval(), trained))
+    torch.testing.assert_close(got["input_ids"], want["input_ids"] - 0.5)
 
 
 def test_built_on_the_meta_device(trained):

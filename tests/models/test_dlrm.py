@@ -5,6 +5,7 @@ import torch
 from grzoo.models import AutoModelForRanking, DLRMConfig, DLRMForRanking
 from grzoo.models.ranking import RankingBatch
 from grzoo.models.ranking.past import events_before
+from torch.nn import functional as F
 
 HISTORIES, CANDIDATES = [5, 1, 0, 9, 20, 0], [3, 1, 2, 0, 7, 0]
 
@@ -35,6 +36,29 @@ def test_no_candidate_sees_its_future(dlrm, ranking):
     for k, time in enumerate(batch["candidate_timestamps"][0]):
         (grad,) = torch.autograd.grad(logits[k].sum(), rows["input_ids"], retain_graph=True)
         assert torch.equal(grad.abs().sum(1) > 0, batch["timestamps"][0] < time)
+
+
+def test_equals_the_equations(dlrm, ranking):
+    """Candidate after candidate: the vectors beside their products, then the MLP."""
+    model, fields = dlrm(dtype=torch.float64).eval(), ranking.make_ranking_batch(HISTORIES, CANDIDATES)
+    rows = model.embeddings(model.embedding_ids(fields), insert=True)
+    batch = RankingBatch.from_fields(fields, model.config).without_keys()
+    profile, events, candidates = model.model.features(batch, rows)
+    profile, width, want = profile.view(len(HISTORIES), 2, -1), model.config.hidden_size, []
+    owners = [user for user, count in enumerate(CANDIDATES) for _ in range(count)]
+    for candidate, user in enumerate(owners):
+        first = sum(HISTORIES[:user])
+        own = range(first, first + HISTORIES[user])
+        past = [events[i] for i in own if batch.timestamps[i] < batch.candidate_timestamps[candidate]]
+        mean = torch.stack(past).mean(0) if past else torch.zeros(width, dtype=torch.float64)
+        vectors = [*profile[user], mean, candidates[candidate]]
+        pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+        products = torch.stack([vectors[i] @ vectors[j] for i, j in pairs]) / width**0.5
+        hidden = torch.cat([*vectors, products])
+        for layer in model.model.layers:
+            hidden = F.silu(layer.weight @ hidden + layer.bias)
+        want.append(hidden)
+    torch.testing.assert_close(model.model(batch, rows), torch.stack(want), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("left", [False, True])

@@ -59,6 +59,41 @@ def test_candidates_see_the_past_within_reach(max_attn_len, hstu, ranking):
         assert (other.abs().sum(1) > 0).nonzero().flatten().tolist() == [k]
 
 
+def test_positions_and_times_of_the_tokens_by_hand(hstu, ranking):
+    """A candidate stands after the events before it; times count from the event before, within the own history."""
+    model = hstu(time_bucket_seconds=1, num_time_buckets=5).eval()
+    batch = ranking.make_ranking_batch(HISTORIES, CANDIDATES)
+    users = {"timestamps": HISTORIES, "candidate_timestamps": CANDIDATES}
+    for name, counts in users.items():  # each user later than the one before, whose times must not enter
+        batch[name] += 1000 * torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    features, entered = [], []
+    model.model.features.register_forward_hook(lambda module, given, tokens: features.extend(tokens))
+    model.model.layers[0].register_forward_pre_hook(lambda module, given: entered.append(given[0]))
+    model(**batch, embeddings=model.embeddings(model.embedding_ids(batch), insert=True))
+    (profile, events, candidates), want = features, []
+
+    def token(x, position, gap):
+        tables = model.model.position_embedding.weight[position], model.model.time_embedding.weight
+        return x * math.sqrt(8) + tables[0] + tables[1][min(4, int(math.sqrt(gap)))]
+
+    for user in range(len(HISTORIES)):
+        times, moments = (x.tolist() for x in (_of(user, batch["timestamps"], HISTORIES),
+                                               _of(user, batch["candidate_timestamps"], CANDIDATES)))  # fmt: skip
+        want += profile[2 * user : 2 * user + 2]
+        for place, x in enumerate(_of(user, events[None], HISTORIES)):
+            want.append(token(x, place, times[place] - times[place - 1] if place else 0))
+        for moment, x in zip(moments, _of(user, candidates[None], CANDIDATES), strict=True):
+            past = [time for time in times if time < moment]
+            want.append(token(x, len(past), moment - past[-1] if past else 0))
+    torch.testing.assert_close(entered[0], torch.stack(want))
+
+
+def _of(user, packed, counts):
+    """What is user's of [1, tokens, ...]."""
+    first = sum(counts[:user])
+    return packed[0, first : first + counts[user]]
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_padded_equals_packed(left, hstu, ranking):
     model, batch = hstu(), ranking.make_ranking_batch(HISTORIES, CANDIDATES)

@@ -1,5 +1,6 @@
 """What every ranking model refuses or documents about its input, and the multi-task loss by hand."""
 
+import sys
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from grzoo.models import (
     MTGRConfig,
     MTGRForRanking,
 )
+from grzoo.models.ops import keyed_dropout
 from grzoo.models.ranking import RankingBatch, multi_task_loss
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
@@ -141,6 +143,23 @@ def test_long_history_is_refused_by_forward_and_cut_by_score(model, ranking):
     cut = {name: x[:, 5:] if x.dim() > 1 and x.shape[1] == 28 else x for name, x in long.items()}
     cut["cu_seq_lens_q"] = torch.tensor([0, 20, 23])
     torch.testing.assert_close(model.score(**long), model.score(**cut))
+
+
+def test_each_dropout_of_a_model_has_its_own_mask(model, batch, monkeypatch):
+    """A site of its own, and a key of its own for every token."""
+    module, drawn = sys.modules[type(model).__module__], []
+
+    def record(x, p, token_keys, site):
+        drawn.append((len(x), token_keys, site))
+        return keyed_dropout(x, p, token_keys, site)
+
+    monkeypatch.setattr(module, "keyed_dropout", record)
+    with torch.no_grad():
+        model(**batch)
+    sites = [site for _, _, site in drawn]
+    assert len(sites) >= len(model.model.layers) and len(set(sites)) == len(sites)
+    for rows, keys, _ in drawn:
+        assert len(keys.unique()) == rows == len(keys)
 
 
 def test_unknown_attention(model):

@@ -35,6 +35,19 @@ def test_equals_brute_force_and_leaves_the_model_alone(model):
     assert all(sorted(row) == ITEMS.tolist() for row in everything.item_ids.tolist())
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_scores_are_what_the_model_was_trained_on(similarity, micro_sasrec):
+    """Inner products with the rows, or cosines; the queries are those of `forward`."""
+    model = micro_sasrec(similarity=similarity).eval()
+    rows = torch.randn(30, 6)
+    model.embeddings.import_rows("items", {"ids": ITEMS, "rows": rows})
+    best = model.recommend(HISTORY, MASK, top_k=30, exclude_seen=False)
+    queries = model(HISTORY, MASK).query_embeddings[[0, 1], [3, 1]]
+    if similarity == "cosine":
+        queries, rows = torch.nn.functional.normalize(queries), torch.nn.functional.normalize(rows)
+    torch.testing.assert_close(best.scores, (queries @ rows.T).gather(1, best.item_ids))
+
+
 def test_candidates_and_prepared_catalogue(model):
     some = torch.tensor([3, 20, 11])
     best = model.recommend(HISTORY, MASK, timestamps=TIMES, top_k=3, candidates=some)
