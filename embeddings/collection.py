@@ -4,7 +4,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -411,6 +411,12 @@ class DynamicEmbeddingCollection(nn.Module):
         twin.clock = self.clock
         twin.start_tallies()
         return twin
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "tables are not pickled, nor is a model that holds them: write them with save_pretrained (a model) or "
+            "save_tables, and let the other process load the folder"
+        )
 
     def extra_repr(self) -> str:
         if any(table.is_closed for table in self.physical):

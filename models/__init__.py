@@ -14,22 +14,16 @@ from .retrieval import ShardedCatalogue
 from .retrieval_model import GenRecForRetrieval
 from .sasrec import SASRecConfig, SASRecForRetrieval, SASRecModel
 
-AutoConfig.register(HSTUConfig.model_type, HSTUConfig, exist_ok=True)
-AutoModel.register(HSTUConfig, HSTUModel, exist_ok=True)
-AutoModelForRetrieval.register(HSTUConfig, HSTUForRetrieval, exist_ok=True)
-AutoConfig.register(MTGRConfig.model_type, MTGRConfig, exist_ok=True)
-AutoModel.register(MTGRConfig, MTGRModel, exist_ok=True)
-AutoModelForRanking.register(MTGRConfig, MTGRForRanking, exist_ok=True)
-for _config, _model, _ranking in (
-    (DLRMConfig, DLRMModel, DLRMForRanking),
-    (DLRMHSTUConfig, DLRMHSTUModel, DLRMHSTUForRanking),
+for _config, _model, _auto, _task_model in (
+    (DLRMConfig, DLRMModel, AutoModelForRanking, DLRMForRanking),
+    (DLRMHSTUConfig, DLRMHSTUModel, AutoModelForRanking, DLRMHSTUForRanking),
+    (HSTUConfig, HSTUModel, AutoModelForRetrieval, HSTUForRetrieval),
+    (MTGRConfig, MTGRModel, AutoModelForRanking, MTGRForRanking),
+    (SASRecConfig, SASRecModel, AutoModelForRetrieval, SASRecForRetrieval),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForRanking.register(_config, _ranking, exist_ok=True)
-AutoConfig.register(SASRecConfig.model_type, SASRecConfig, exist_ok=True)
-AutoModel.register(SASRecConfig, SASRecModel, exist_ok=True)
-AutoModelForRetrieval.register(SASRecConfig, SASRecForRetrieval, exist_ok=True)
+    _auto.register(_config, _task_model, exist_ok=True)
 
 __all__ = [
     "AutoModelForRanking",

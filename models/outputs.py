@@ -26,7 +26,8 @@ class RetrievalModelOutput(ModelOutput):
 
     Attributes:
         loss: scalar, with labels and negatives: sum over trained tokens / `num_items_in_batch` (without it: mean).
-        query_embeddings: [1, T, D] or [B, L, D], L2-normalised: entry t is the query for the event after t.
+        query_embeddings: [1, T, D] or [B, L, D]: entry t is the query for the event after t, L2-normalised where the
+            score is a cosine.
         hidden_states: see `GenRecModelOutput`.
     """
 
@@ -41,7 +42,8 @@ class RetrievalOutput(ModelOutput):
 
     Attributes:
         item_ids: int64 [B, k]. Any int64 can be an id: it is the score that says whether there is an item.
-        scores: float32 [B, k], cosine of query and item; -inf (with item id -1) where fewer than k candidates are left.
+        scores: float32 [B, k], cosine or inner product of query and item, as the model scores; -inf (with item id -1)
+            where fewer than k candidates are left.
     """
 
     item_ids: Tensor | None = None

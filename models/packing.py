@@ -63,27 +63,27 @@ class JaggedLayout:
         return max(self.lengths, default=0)
 
     @classmethod
-    def from_cu_seq_lens(cls, cu_seq_lens: Tensor, num_tokens: int, **times: Any) -> "JaggedLayout":
-        """Check `cu_seq_lens` [B + 1] against the T tokens that it describes.
+    def from_cu_seq_lens(
+        cls, cu_seq_lens: Tensor, num_tokens: int, *, name: str = "cu_seq_lens_q", **times: Any
+    ) -> "JaggedLayout":
+        """Check `cu_seq_lens` [B + 1], in a batch under `name`, against the T tokens that it describes.
 
         Raises:
             ValueError: when it does not rise from 0 to `num_tokens`.
         """
         if cu_seq_lens.dim() != 1 or not _is_integer(cu_seq_lens):
             raise ValueError(
-                f"cu_seq_lens_q must be integers [B + 1]; got {cu_seq_lens.dtype} of shape {tuple(cu_seq_lens.shape)}."
+                f"{name} must be integers [B + 1]; got {cu_seq_lens.dtype} of shape {tuple(cu_seq_lens.shape)}."
             )
         starts = cu_seq_lens.tolist()
         lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
         if not starts or starts[0] != 0 or starts[-1] != num_tokens or any(length < 0 for length in lengths):
-            raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to the number of tokens, {num_tokens}; got {_shorten(starts)}."
-            )
+            raise ValueError(f"{name} must rise from 0 to the number of tokens, {num_tokens}; got {_shorten(starts)}.")
         return cls(cu_seq_lens.to(torch.int64), lengths, **times)
 
 
 def is_padded(batch: Mapping[str, Any]) -> bool:
-    """True for `[B, L]` input (mask given, or no `cu_seq_lens_q`); False for packed `[1, T]` input."""
+    """True for `[B, L]` input, which has no `cu_seq_lens_q`; False for packed `[1, T]` input."""
     return batch.get("cu_seq_lens_q") is None
 
 

@@ -26,8 +26,9 @@ class ShardedCatalogue:
     """Item vectors of candidates, each on the rank that owns its id; a snapshot, taken when it is made.
 
     All methods are collective when there is a process group: every rank calls them, with its own queries (0 is fine),
-    and gets the answers to its own queries, over the candidates of all ranks. Scores are inner products of normalised
-    vectors, float32; equal scores are ordered by id. Without a group everything is local.
+    and gets the answers to its own queries, over the candidates of all ranks. Scores are inner products of
+    queries and the model's `item_embeddings`, float32; equal scores are ordered by id. Without a group everything is
+    local.
 
     Args:
         model: with `item_embeddings` (called once, with this rank's candidates).

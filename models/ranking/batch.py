@@ -291,7 +291,7 @@ def _pack(
     if starts in given:
         if mask_name in given:
             raise ValueError(f"A batch is packed ({starts}) or padded ({mask_name}), not both: give one of them.")
-        layout = JaggedLayout.from_cu_seq_lens(given[starts], shape[1])
+        layout = JaggedLayout.from_cu_seq_lens(given[starts], shape[1], name=starts)
         return layout, {name: given[name][0] for name in present}
     mask = given.get(mask_name)
     mask = torch.ones(shape, dtype=torch.bool, device=given[ids].device) if mask is None else mask.bool()

@@ -93,6 +93,12 @@ def test_packed_input_has_one_row(ids, starts, model, batch):
         model(**{**batch, ids: batch[ids][0]})
 
 
+def test_broken_starts_are_named(model, batch):
+    for name in ("cu_seq_lens_q", "cu_seq_lens_candidates"):
+        with pytest.raises(ValueError, match=f"{name} must rise from 0 to the number of tokens"):
+            model(**{**batch, name: torch.tensor([0, 1, 2])})
+
+
 def test_long_term_events_precede_the_candidates(model, batch):
     """Every candidate sees them: one that is not earlier would show a candidate its future."""
     batch["num_recent"] = torch.tensor([4, 1])

@@ -1,5 +1,7 @@
 """What a user of transformers expects of any model, whichever it is."""
 
+import io
+import pickle
 import warnings
 
 import pytest
@@ -72,3 +74,11 @@ def test_exporting_is_refused_in_words(build, ranking_model, ranking):
     mtgr, batch = ranking_model(MTGRForRanking, MTGRConfig).eval(), ranking.make_ranking_batch([5, 3], [2, 1])
     with pytest.raises(NotImplementedError, match="torch.export cannot hold this model"):
         torch.export.export(mtgr, (), batch)
+
+
+def test_pickling_is_refused_in_words(build):
+    model = build()
+    for write in (pickle.dumps, lambda model: torch.save(model, io.BytesIO())):
+        with pytest.raises(TypeError, match="tables are not pickled.*save_pretrained"):
+            write(model)
+    torch.save(model.state_dict(), io.BytesIO())  # dense weights alone
