@@ -1,5 +1,6 @@
 """Folders that a recipe writes into: never over another run, a checkpoint, or what is not its own."""
 
+import os
 from pathlib import Path
 
 from .loading import is_checkpoint
@@ -19,6 +20,17 @@ def check_run_folder(output_dir: Path, dataset_dir: Path | None, *, resumes: boo
             f"--output_dir {output_dir} holds a training run: go on with it by --resume_from_checkpoint last, choose "
             "another folder, or remove it"
         )
+
+
+def make_run_folder(output_dir: Path) -> str:
+    """Makes the folder, before anything that takes long. Raises UserError where that fails."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be made ({error}): choose another folder") from error
+    if not os.access(output_dir, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir} cannot be written: choose another folder")
+    return str(output_dir)
 
 
 def check_export_folder(folder: Path) -> None:

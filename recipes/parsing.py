@@ -77,7 +77,8 @@ def build_config(config_class: type, settings: dict[str, Any]) -> Any:
         return config_class(**settings)
     except Exception as error:  # strict dataclasses wrap the validator's error in their own classes
         cause = error.__cause__ or error
-        raise UserError(f"{config_class.__name__}: {' '.join(str(cause).split())}") from error
+        text = " ".join(str(cause).split()).removeprefix(f"{config_class.__name__}: ")
+        raise UserError(f"{config_class.__name__}: {text}") from error
 
 
 def find_config(name: str) -> Path:

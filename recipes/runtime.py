@@ -141,7 +141,9 @@ def plain_warnings() -> None:
 
     def shown(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
         path = Path(filename).resolve()
-        if category is UserWarning and path.is_relative_to(root) and path.relative_to(root).parts[0] in _OWN_FOLDERS:
+        own = path.is_relative_to(root) and path.relative_to(root).parts[0] in _OWN_FOLDERS
+        # A recipe of a clone beside the installed package is grzoo's as well.
+        if category is UserWarning and (own or path == Path(sys.argv[0]).resolve()):
             return f"warning  {message}\n"
         return shown_by_python(message, category, filename, lineno, line)
 

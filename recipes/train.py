@@ -26,7 +26,7 @@ from grzoo.recipes.exporting import export
 from grzoo.recipes.loading import warm_start, warm_start_tables
 from grzoo.recipes.metrics_log import MetricsLog
 from grzoo.recipes.no_effect import without_effect
-from grzoo.recipes.output_folder import check_run_folder
+from grzoo.recipes.output_folder import check_run_folder, make_run_folder
 from grzoo.recipes.provenance import versions
 from grzoo.recipes.ranking import (
     build_ranking_config,
@@ -48,14 +48,12 @@ def main(runtime: Runtime, argv: list[str]) -> None:
     settings = read_settings(argv)
     for line in without_effect(settings):
         runtime.say(f"warning  {line}")
-    given = settings.data.dataset_dir
-    check_run_folder(
-        Path(settings.training.output_dir or ""),
-        Path(given) if given else None,
-        resumes=settings.training.resume_from_checkpoint is not None,
-    )
+    given, output_dir = settings.data.dataset_dir, Path(settings.training.output_dir or "")
+    resumes = settings.training.resume_from_checkpoint is not None
+    check_run_folder(output_dir, Path(given) if given else None, resumes=resumes)
     with user_errors():
         deepspeed = resolve(settings.training.deepspeed_config, settings.step, settings.optimizer, runtime.world_size)
+    runtime.main_first("output_dir", lambda: make_run_folder(output_dir))
     device = connect(runtime, use_cpu=settings.common.use_cpu, local_rank=settings.common.local_rank)
     data = load(find_or_prepare(settings.data, settings.data_options, runtime))
     config, loader, evaluators, make_model = _parts(settings, data, runtime)

@@ -28,7 +28,7 @@ from grzoo.recipes.evaluation import Evaluator
 from grzoo.recipes.exporting import export
 from grzoo.recipes.metrics_log import MetricsLog
 from grzoo.recipes.no_effect import without_effect
-from grzoo.recipes.output_folder import check_run_folder
+from grzoo.recipes.output_folder import check_run_folder, make_run_folder
 from grzoo.recipes.periods import PeriodLog, WalkArguments
 from grzoo.recipes.provenance import versions
 from grzoo.recipes.ranking import is_ranking
@@ -59,6 +59,7 @@ class Walk:
         self.command = " ".join(["walk_days.py", *(word for word in argv if not word.startswith("--local_rank"))])
         self.stage, self.step, self.loader_state = 0, 0, None
         check_run_folder(self.output_dir, self.folder, resumes=settings.training.resume_from_checkpoint is not None)
+        self._first("output_dir", lambda: make_run_folder(self.output_dir))
         resume_from = checkpoint_to_resume(settings.training)
         self._first("walk", lambda: periods.make(self.folder, settings.data.log_name, resume_from is not None))
         data = load(self.folder)

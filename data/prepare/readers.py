@@ -40,6 +40,8 @@ def read_delimited(
     ValueError names the line that has another number of fields or a value of another type.
     """
     data = _content(path)
+    if names is None and b"\n" not in data.strip() and b"\r" not in data.strip():
+        raise ValueError(f"{path} is empty: it holds no events")
     if len(delimiter) > 1:
         data, delimiter = data.replace(delimiter.encode(), b"\x1f"), "\x1f"
     quotes = delimiter == ","
@@ -59,7 +61,8 @@ def read_delimited(
 
 def _line_message(message: str) -> str:
     # Arrow counts the lines of the file from 1 and calls them rows.
-    return message.replace("Row #", "line ").replace("\x1f", "::").split("\n")[0]
+    text = message.replace("Row #", "line ").replace("\x1f", "::").split("\n")[0]
+    return f"{text}: convert the file to UTF-8" if "UTF8" in text else text
 
 
 def _content(path: Path) -> bytes:
@@ -67,7 +70,12 @@ def _content(path: Path) -> bytes:
     if not data.strip():
         raise ValueError(f"{path} is empty: it holds no events")
     if path.suffix == ".gz":
-        data = pa.CompressedInputStream(pa.BufferReader(data), "gzip").read()
+        try:
+            data = pa.CompressedInputStream(pa.BufferReader(data), "gzip").read()
+        except OSError as error:
+            raise ValueError(f"{path} is not compressed by gzip, or damaged ({error}): pack or name it anew") from error
+    if data.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is a ZIP archive or an Excel sheet: unpack it, or save it as CSV")
     return data
 
 
@@ -130,7 +138,8 @@ def read_json_lines(path: Path, types: Mapping[str, pa.DataType] | None = None) 
             parse_options=pjson.ParseOptions(explicit_schema=schema, unexpected_field_behavior=behaviour),
         )
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is malformed: {error}") from error
+        hint = "" if types or _content(path).lstrip()[:1] != b"[" else "; it is one list: write an object a line"
+        raise ValueError(f"{path} is malformed: {error}{hint}") from error
 
 
 def read_integer_lines(path: Path, fields: int | None = None) -> tuple[Int64, Int64]:
@@ -164,6 +173,8 @@ def column(table: pa.Table, name: str, path: Path, option: str | None = None) ->
     """A column of a table read from `path`; ValueError names the columns that exist."""
     if name not in table.column_names:
         hint = f"; set {option} to one of them" if option else ""
+        if len(table.column_names) == 1 and any(mark in table.column_names[0] for mark in ";\t|"):
+            hint = "; separate the columns by commas (in a file .tsv by tabs)"
         raise ValueError(f"{path} has no column {name!r}; it has {', '.join(table.column_names)}{hint}")
     if table.column_names.count(name) > 1:
         raise ValueError(f"{path} has several columns {name!r}: rename all but one")

@@ -226,6 +226,16 @@ BAD_FILES = [
     ("amazon-beauty", "reviews_Beauty_5.json", '{"asin": "B"}\n', "no field 'reviewerID'"),
     ("amazon-beauty", "reviews_Beauty_5.json", '{"asin": "B"}\n{"asin": \n', "malformed.*row 1"),
     ("event_log", "log.csv", "user_id,thing\n1,2\n", "no column 'item_id'; it has user_id, thing; set item_column"),
+    ("event_log", "log.csv", "user_id,item_id", "log.csv is empty: it holds no events"),
+    ("event_log", "log.csv.gz", "user_id,item_id\n1,2\n", "log.csv.gz is not compressed by gzip"),
+    (
+        "event_log",
+        "log.xlsx",
+        "PK\x03\x04",
+        "log.xlsx is a ZIP archive or an Excel sheet: unpack it, or save it as CSV",
+    ),
+    ("event_log", "log.csv", "user_id;item_id\n1;2\n", "no column 'item_id'.*separate the columns by commas"),
+    ("event_log", "log.json", '[{"user_id": 1}]', "malformed.*it is one list: write an object a line"),
     ("event_log", "log.csv", "user_id,item_id\n1,\n", "event 1 has no item id"),
     ("event_log", "log.csv", "user_id,item_id\n", "log.csv is empty: it holds no events"),
     ("event_log", "log.csv", "user_id,item_id,price\n1.5,2,3\n", "user ids are of type double"),
@@ -240,6 +250,12 @@ def test_malformed_files(tmp_path: Path, name: str, file: str, text: str, messag
         prepare(name, tmp_path / "out", source)
     assert file in str(error.value) or "id" in message or "timestamp" in message
     assert not list(tmp_path.glob("out*"))
+
+
+def test_text_of_another_encoding_names_line_and_remedy(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_bytes("user_id,item_id\n1,a\n2,é\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="line 3.*UTF8.*convert the file to UTF-8"):
+        prepare("event_log", tmp_path / "out", tmp_path / "log.csv")
 
 
 def event_log(tmp_path: Path, **options: Any) -> None:

@@ -294,6 +294,7 @@ def test_other_settings_train_too(inside, sampling):
         (["--resume_from_checkpoint", "data"], ["data"]),
         (["--sparse_optimizer", "adagrad", "--sparse_weight_decay", "1"], ["no effect", "adamw"]),
         (["--output_dir", ""], ["--output_dir"]),
+        (["--output_dir", "out/report.md/run"], ["--output_dir out/report.md/run cannot be made"]),
     ],
 )
 def test_mistakes_are_named(inside, arguments, parts):

@@ -188,6 +188,12 @@ def test_shipped_configurations_parse(name):
     assert (settings.data.dataset == "synthetic") == (name == "hstu_synthetic")
 
 
+def test_a_hyperparameter_out_of_range_is_said_once():
+    settings = read_settings(["--output_dir", "x", "--model.hidden_size", "-4"])
+    with pytest.raises(UserError, match="^HSTUConfig: hidden_size must be positive"):
+        build_model_config(settings, has_timestamps=False, num_items=100)
+
+
 def test_a_longer_history_needs_no_other_setting():
     settings = read_settings(["--config", "hstu_beauty", "--output_dir", "x", "--max_length", "100"])
     assert build_model_config(settings, has_timestamps=False, num_items=100).max_position_embeddings == 111

@@ -4,9 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
-from grzoo.recipes.runtime import Runtime, UserError, user_errors
+from grzoo.recipes import runtime as runtime_module
+from grzoo.recipes.runtime import Runtime, UserError, plain_warnings, user_errors
 
 SCRIPT = """
 import time
@@ -89,3 +91,13 @@ def test_only_a_users_errors_are_turned():
         raise FileNotFoundError("nothing there")
     with pytest.raises(KeyError), user_errors():
         raise KeyError("a bug")
+
+
+def test_warnings_of_grzoo_are_one_line_and_others_are_as_python_shows_them(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "argv", ["elsewhere/recipes/recommend.py"])
+    plain_warnings()
+    own = [runtime_module.__file__, "elsewhere/recipes/recommend.py"]
+    assert [warnings.formatwarning("so", UserWarning, file, 3) for file in own] == ["warning  so\n"] * 2
+    assert "other.py:3: UserWarning: so" in warnings.formatwarning("so", UserWarning, "other.py", 3)
+    assert "DeprecationWarning" in warnings.formatwarning("so", DeprecationWarning, runtime_module.__file__, 3)
