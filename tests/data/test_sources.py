@@ -234,7 +234,7 @@ BAD_FILES = [
         "PK\x03\x04",
         "log.xlsx is a ZIP archive or an Excel sheet: unpack it, or save it as CSV",
     ),
-    ("event_log", "log.csv", "user_id;item_id\n1;2\n", "no column 'item_id'.*separate the columns by commas"),
+    ("event_log", "log.csv", "user_id;item_id\n1;2\n", "no column 'user_id'.*separate the columns by commas"),
     ("event_log", "log.json", '[{"user_id": 1}]', "malformed.*it is one list: write an object a line"),
     ("event_log", "log.csv", "user_id,item_id\n1,\n", "event 1 has no item id"),
     ("event_log", "log.csv", "user_id,item_id\n", "log.csv is empty: it holds no events"),
