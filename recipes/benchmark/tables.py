@@ -6,6 +6,7 @@ A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`. R
 are one line: mean and sample standard deviation.
 """
 
+import argparse
 import csv
 import re
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ _MODELS = {"hstu": "HSTU", "sasrec": "SASRec", "mtgr": "MTGR", "dlrm": "DLRM-sty
 _DATASETS = {
     "ml-1m": "MovieLens-1M",
     "ml-100k": "MovieLens-100K",
+    "ml-latest-small": "MovieLens latest-small",
     "amazon-beauty": "Amazon 2014 Beauty",
     "amazon-sports": "Amazon 2014 Sports and Outdoors",
 }
@@ -241,6 +243,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for path, made in blocks().items():
         path.write_text(fill(path.read_text(), made))
         print(path.relative_to(ROOT))
