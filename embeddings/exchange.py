@@ -30,12 +30,30 @@ class Exchange:
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.bytes_sent = 0  # to other ranks, in all-to-alls, since construction
 
+    @functools.cached_property
+    def _backends(self) -> dict[str, str]:
+        """Device type -> backend of the group for tensors there; a group may have one for each."""
+        if self.group is None:
+            return {}
+        return dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
+
     @property
     def device(self) -> torch.device:
-        """Where tensors must be for this group: CPU for gloo, the current GPU for NCCL."""
-        if self.group is None or "gloo" in dist.get_backend(self.group):
-            return torch.device("cpu")
+        """Where ids, rows and gradients are for a collective: the current GPU where the group has NCCL, else the CPU.
+
+        It must not depend on where the tensors of one rank are: all ranks have to take the same way.
+        """
+        if self._backends.get("cuda", "gloo") == "gloo" or not torch.cuda.is_available():
+            return HOST
         return torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def numbers_device(self) -> torch.device:
+        """Where the few numbers that the host has and wants are: the CPU, unless the group has NCCL alone.
+
+        Beside a GPU they need not wait for what it is doing.
+        """
+        return HOST if "cpu" in self._backends else self.device
 
     def agree(self, problem: Exception | None) -> None:
         """Raise on every rank when some rank has a problem; to be called before the next collective.
@@ -65,7 +83,7 @@ class Exchange:
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Tensors of one shape from all ranks, on the CPU."""
-        (tensor,) = move([tensor], self.device)
+        (tensor,) = move([tensor], self.numbers_device)
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(gathered, tensor, group=self.group)
         return move(gathered, HOST)  # one wait for all
@@ -94,7 +112,7 @@ class Exchange:
         """Return the sum of int64 tensors of one shape over all ranks."""
         if self.world_size == 1:
             return values
-        total = values.to(self.device, copy=True)
+        total = values.to(self.numbers_device, copy=True)
         dist.all_reduce(total, group=self.group)
         return total.cpu()
 
@@ -113,18 +131,23 @@ class Exchange:
 
         `sent` and `received` are numbers of elements per rank.
         """
+        return self._all_to_all(buffer, sent, received, self.device)
+
+    def _all_to_all(
+        self, buffer: Tensor, sent: Sequence[int], received: Sequence[int], device: torch.device
+    ) -> Tensor:
         if self.world_size == 1:
             return buffer
         self.bytes_sent += (sum(sent) - sent[self.rank]) * buffer.element_size()
-        (outgoing,) = move([buffer], self.device)
-        result = torch.empty(sum(received), dtype=buffer.dtype, device=self.device)
+        (outgoing,) = move([buffer], device)
+        result = torch.empty(sum(received), dtype=buffer.dtype, device=device)
         dist.all_to_all_single(result, outgoing.contiguous(), list(received), list(sent), group=self.group)
         return move([result], buffer.device)[0]
 
     def swap_counts(self, counts: Tensor) -> Tensor:
         """Send row r of `counts` int64 [world, k] to rank r; row r of the result is what rank r sent here."""
         k = [counts.shape[1]] * self.world_size
-        return self.all_to_all(counts.flatten(), k, k).view_as(counts)
+        return self._all_to_all(counts.flatten(), k, k, self.numbers_device).view_as(counts)
 
     def swap(
         self,

@@ -20,6 +20,7 @@ from grzoo.embeddings import (
 from grzoo.embeddings.exchange import Exchange
 from grzoo.embeddings.io import load_tables, save_tables
 from torch import Tensor
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 TABLES = [
     TableConfig(name="item", embedding_dim=6),
@@ -309,3 +310,12 @@ def raise_on_one_rank(rank: int, world_size: int) -> None:
     if rank == 1:
         raise RuntimeError("nobody home")
     dist.barrier()
+
+
+def backends_of_groups(rank: int, world_size: int) -> None:
+    """A group with a backend for each kind of device: how torch spells it, also after DeepSpeed's new_group."""
+    both = dist.new_group([0], backend="cpu:gloo,cuda:gloo")
+    assert dist.get_backend(both) == "cpu:gloo,cuda:gloo"
+    assert dist.get_backend_config(both) == dist.get_backend_config(group()) == "cpu:gloo,cuda:gloo"
+    assert str(BackendConfig(Backend("nccl"))) == "cuda:nccl"
+    assert str(BackendConfig(Backend("cpu:gloo,cuda:nccl"))) == "cpu:gloo,cuda:nccl"

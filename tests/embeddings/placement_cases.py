@@ -220,13 +220,13 @@ def test_s28_a_copy_stays_on_the_device(device: SimulatedDevice) -> None:
     assert_same(everything(twin), everything(collection))
 
 
-@pytest.mark.parametrize("group_is_on_device", [False, True])
+@pytest.mark.parametrize("backends", ["gloo", "nccl", "both"])
 def test_law1_tables_of_both_placements_on_two_ranks_whatever_the_group_takes(
-    expected: dict[str, dict[str, Tensor]], group_is_on_device: bool
+    expected: dict[str, dict[str, Tensor]], backends: str
 ) -> None:
     """Gloo takes tensors in host memory, NCCL those on a GPU; one rank brings its ids in host memory."""
     on_device = ["item", "user", "half", "rare", "recent"]
-    (first, statistics), (second, _) = spawn(2, placement_jobs.train, group_is_on_device, on_device)
+    (first, statistics), (second, _) = spawn(2, placement_jobs.train, backends, on_device)
     for table, columns in expected.items():
         ids = first[table]["ids"] + second[table]["ids"]
         assert sorted(ids) == sorted(columns["ids"].tolist()) and 0 < len(first[table]["ids"]) < len(ids)
