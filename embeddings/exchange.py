@@ -133,9 +133,7 @@ class Exchange:
         """
         return self._all_to_all(buffer, sent, received, self.device)
 
-    def _all_to_all(
-        self, buffer: Tensor, sent: Sequence[int], received: Sequence[int], device: torch.device
-    ) -> Tensor:
+    def _all_to_all(self, buffer: Tensor, sent: Sequence[int], received: Sequence[int], device: torch.device) -> Tensor:
         if self.world_size == 1:
             return buffer
         self.bytes_sent += (sum(sent) - sent[self.rank]) * buffer.element_size()
