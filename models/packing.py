@@ -196,9 +196,9 @@ def check_times(layout: JaggedLayout, timestamps: Tensor, target_timestamps: Ten
     """
     _check_seconds("timestamps", timestamps)
     falls = timestamps.diff() < 0
-    starts = layout.cu_seq_lens[1:-1]
-    inner = starts[(starts > 0) & (starts < layout.num_tokens)]
-    falls[inner - 1] = False  # from one history to the next
+    starts = torch.zeros(layout.num_tokens + 1, dtype=torch.bool, device=falls.device)
+    starts[layout.cu_seq_lens] = True
+    falls &= ~starts[1 : layout.num_tokens]  # from one history to the next
     problems = [(timestamps < 0).any(), falls.any()]
     if target_timestamps is not None:
         _check_seconds("target_timestamps", target_timestamps)

@@ -263,9 +263,13 @@ class GenRecForRetrieval(GenRecPreTrainedModel):
             return self.score_vectors(hidden[0].index_select(0, layout.cu_seq_lens[1:] - 1).float())
 
     def item_embeddings(self, ids: Tensor) -> Tensor:
-        """Vectors that items are scored by, read only: int64 [n] -> float32 [n, D]. Collective with sharded tables."""
+        """Vectors that items are scored by, read only: int64 [n] -> float32 [n, D]. Collective with sharded tables.
+
+        The ids may be anywhere; the vectors are where the model is, since that is where they meet the users'.
+        """
         with self.inference():
-            return self.score_vectors(self.embeddings({"candidate_ids": ids}, insert=False)["candidate_ids"])
+            step = self.embeddings.prepare([{"candidate_ids": ids}], insert=False).fetch(self.device)
+            return self.score_vectors(step[0]["candidate_ids"])
 
     def recommend(
         self,

@@ -99,6 +99,8 @@ def start() -> Runtime:
     """
     with user_errors():
         prepare_environment()
+    if "RANK" not in os.environ:
+        _discover_mpi()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     runtime = Runtime(rank, int(os.environ.get("LOCAL_RANK", 0)), world, local_world)
@@ -170,6 +172,19 @@ def run(main: Callable[[Runtime, list[str]], None], argv: list[str] | None = Non
     except UserError as error:
         logger.debug("caused by", exc_info=error)
         runtime.stop(str(error))
+
+
+def _discover_mpi() -> None:
+    """Asks MPI, which started this process, for the ranks."""
+    try:
+        from deepspeed.comm import mpi_discovery
+
+        mpi_discovery(verbose=False)
+    except ImportError as error:
+        raise UserError(
+            f"MPI started this recipe, and its ranks cannot be found out: {error}; install mpi4py, or start with "
+            "`deepspeed` or `torchrun`"
+        ) from error
 
 
 def _share_cores(runtime: Runtime) -> None:

@@ -176,7 +176,7 @@ class GenRecEngine:
         with clock.phase("prepare"):
             micro_batches, step = self._prepare(global_step, train=True)
         with clock.phase("fetch"):
-            step.fetch()
+            step.fetch(self.device)
         denominator = global_step.num_items_in_batch
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for k, micro_batch in enumerate(micro_batches):
@@ -206,7 +206,7 @@ class GenRecEngine:
         """Mean loss over the global batch, in evaluation mode and without touching the tables. Collective."""
         with self._evaluating():
             micro_batches, step = self._prepare(global_step, train=False)
-            step.fetch()
+            step.fetch(self.device)
             total = 0.0
             for k, micro_batch in enumerate(micro_batches):
                 denominator = global_step.num_items_in_batch
@@ -220,7 +220,9 @@ class GenRecEngine:
         error: Exception | None = None
         try:
             micro_batches = [self._to_device(micro_batch) for micro_batch in global_step.micro_batches]
-            ids = [self.module.embedding_ids(micro_batch) for micro_batch in micro_batches]  # type: ignore[operator]
+            # Ids of tables in host memory are collected there, where nobody waits for a GPU.
+            asked = global_step.micro_batches if self._tables_are_on_host else micro_batches
+            ids = [self.module.embedding_ids(micro_batch) for micro_batch in asked]  # type: ignore[operator]
             if not micro_batches:
                 raise ValueError("the step has no micro-batches: a rank without data needs an empty one")
             if min(_counts(global_step)) < 1:
@@ -230,6 +232,10 @@ class GenRecEngine:
         self.exchange.agree(error)
         self._check_same_step(len(micro_batches), _counts(global_step))
         return micro_batches, self.collection.prepare(ids, insert=train)
+
+    @property
+    def _tables_are_on_host(self) -> bool:
+        return all(config.placement == "host" for config in self.collection.tables.values())
 
     def _check_same_step(self, num_micro_batches: int, num_items: list[int]) -> None:
         """ZeRO's collectives inside a micro-batch would hang if ranks had different numbers of them."""

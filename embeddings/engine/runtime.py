@@ -9,20 +9,27 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-# Set by MPI and Slurm for their tasks: DeepSpeed then finds out the ranks by itself.
-_FOREIGN_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_PROCID")
+# Set by MPI for its tasks: DeepSpeed then finds out the ranks by itself, through mpi4py.
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+# Set by Slurm's srun for its tasks (not for the script of a job): what torch wants to know.
+_SRUN = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 def prepare_environment() -> None:
     """Completes the variables that launchers set, so that plain `python train.py` is a job of one rank.
 
-    A process group that is already open names the ranks. Raises ValueError when only one of RANK and WORLD_SIZE is set.
+    A process group that is already open names the ranks, and so does srun.
+
+    Raises ValueError when only one of RANK and WORLD_SIZE is set, or nobody said where the tasks of srun meet.
     """
     if dist.is_available() and dist.is_initialized():
         os.environ.setdefault("RANK", str(dist.get_rank()))
         os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    if not given and any(name in os.environ for name in _FOREIGN_LAUNCHERS):
+    if not given and all(name in os.environ for name in _SRUN.values()):
+        _take_from_srun()
+        return
+    if not given and any(name in os.environ for name in _MPI):
         return
     if len(given) == 1:
         missing = "WORLD_SIZE" if given == ["RANK"] else "RANK"
@@ -32,6 +39,19 @@ def prepare_environment() -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])  # one machine, when no launcher says otherwise
+
+
+def _take_from_srun() -> None:
+    is_alone = os.environ[_SRUN["WORLD_SIZE"]] == "1"
+    if is_alone:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(
+            f"srun started {os.environ[_SRUN['WORLD_SIZE']]} tasks, and {' and '.join(missing)} do not say where they "
+            "meet: export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
+        )
+    os.environ.update({ours: os.environ[theirs] for ours, theirs in _SRUN.items()})
 
 
 def _free_port() -> int:

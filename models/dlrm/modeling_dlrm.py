@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import torch
 from grzoo.models.ops.keyed_dropout import keyed_dropout
@@ -32,8 +32,6 @@ class DLRMModel(DLRMPreTrainedModel, RankingBackbone):
         super().__init__(config, embedding_backend=embedding_backend)
         sizes = [config.interaction_size, *[config.mlp_size] * config.num_mlp_layers]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        pairs = list(combinations(range(config.num_vectors), 2))
-        self._pairs = [i for i, _ in pairs], [j for _, j in pairs]
         self.post_init()
 
     @property
@@ -49,7 +47,8 @@ class DLRMModel(DLRMPreTrainedModel, RankingBackbone):
         profile = F.embedding(owner, profile.view(users, math.prod(tokens))).view(len(owner), *tokens)
         history = _mean_of_past(batch, events, owner)
         vectors = torch.cat([profile, history.unsqueeze(1), candidates.unsqueeze(1)], dim=1)
-        products = (vectors @ vectors.mT)[:, self._pairs[0], self._pairs[1]]
+        first, second = torch.triu_indices(self.config.num_vectors, self.config.num_vectors, 1, device=vectors.device)
+        products = (vectors @ vectors.mT)[:, first, second]
         hidden = torch.cat([vectors.flatten(1), products / self.config.hidden_size**0.5], dim=-1)
         for site, layer in enumerate(self.layers):
             hidden = F.silu(layer(hidden))

@@ -56,7 +56,7 @@ def multi_task_loss(
                 f"num_items_in_batch is {counts.tolist()}: a denominator is at least 1, also for a task without "
                 "a known label in the step."
             )
-        counts = counts.to(logits.device)
+        counts = counts.to(logits.device, non_blocking=True)
     losses = F.binary_cross_entropy_with_logits(
         logits, labels.to(logits.dtype).masked_fill(~mask, 0.0), reduction="none"
     )

@@ -1,7 +1,8 @@
 """A device for tests: tensors that claim to be elsewhere ("meta"), hold real values, and refuse what a GPU would.
 
-An operation that mixes them with tensors in host memory raises, as it would on a GPU. Operations for which the host
-would wait for a GPU are counted, and so are launches of kernels of Triton's interpreter.
+An operation that mixes them with tensors in host memory raises, as it would on a GPU; so does a launch of a kernel (of
+Triton's interpreter) with a tensor elsewhere, without a program, with more than a GPU takes, or while the device is not
+the current one. Operations for which the host would wait for a GPU are counted, and so are launches.
 """
 
 import contextlib
@@ -12,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 from grzoo.embeddings.kernels.triton import launch, storage
+from grzoo.models.ops import triton_available
+from torch import nn
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.interpreter import GridExecutor
 
 DEVICE = torch.device("meta")
+MAX_GRID = (2**31 - 1, 65535, 65535)
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
 WAITS = {
@@ -59,6 +64,7 @@ class SimulatedDevice(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
+        self.is_current = False  # CUDA's current device; another one at first, as on any rank but the first
         SimulatedDevice.current = self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,6 +73,9 @@ class SimulatedDevice(TorchDispatchMode):
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         here = [t for t in tensors if isinstance(t, OnDevice)]
+        if func is aten.to.device:  # seen below autograd only
+            with self:
+                return func.decompose(*args, **kwargs)
         to = kwargs.get("device")
         if here and func not in COPIES:
             strangers = [t for t in tensors if not isinstance(t, OnDevice) and t.ndim]
@@ -74,6 +83,9 @@ class SimulatedDevice(TorchDispatchMode):
         lands_here = bool(here) if to is None else torch.device(to).type == DEVICE.type
         if func is aten.copy_.default:
             lands_here = isinstance(args[0], OnDevice)
+        if here and func.namespace == "grzoo":  # an operator of ours: what it does is seen too
+            with self:
+                return OPDEFS[func.name()]._backend_fns[None](*args, **kwargs)
         if here and (func in WAITS or not lands_here or self._waits(func, args, kwargs)):
             self.waits[str(func)] += 1
         if func in COPIES and lands_here and any(not isinstance(t, OnDevice) and t.ndim for t in tensors):
@@ -100,27 +112,60 @@ def _real(tree: Any) -> Any:
     return tree_map(lambda t: t.inner if isinstance(t, OnDevice) else t, tree)
 
 
+def check_launch(device: SimulatedDevice, grid: tuple[int, ...], tensors: list[torch.Tensor]) -> None:
+    """Refuse a launch that a GPU would refuse, or do where the tensors are not."""
+    assert all(isinstance(t, OnDevice) for t in tensors), "a kernel got a host tensor"
+    assert device.is_current, "a kernel was launched while another device was the current one"
+    assert all(0 < n <= most for n, most in zip(grid, MAX_GRID, strict=False)), f"a GPU takes no grid {grid}"
+
+
 @contextlib.contextmanager
 def simulated_device(patch: pytest.MonkeyPatch) -> Iterator[SimulatedDevice]:
-    """Tables with placement="device" are on the simulated device."""
+    """Tables with placement="device" are on the simulated device, and models that `put_on_device` has put there."""
     launched = GridExecutor.__call__
 
     def launch_here(self: Any, *args: Any, **kwargs: Any) -> Any:
         device.launches[self.fn.__name__] += 1
-        assert all(isinstance(a, OnDevice) for a in args if isinstance(a, torch.Tensor)), "a kernel got a host tensor"
+        check_launch(device, self.grid, [a for a in args if isinstance(a, torch.Tensor)])
         with torch._C._DisableTorchDispatch():
             return launched(self, *_real(args), **kwargs)
 
-    made = torch.tensor
+    @contextlib.contextmanager
+    def current_device(where: Any) -> Iterator[None]:
+        before, device.is_current = device.is_current, torch.device(where).type == DEVICE.type
+        try:
+            yield
+        finally:
+            device.is_current = before
+
+    made, autocast = torch.tensor, torch.autocast
 
     def tensor(data: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         """torch.tensor goes to "meta" by a way of its own, without the values."""
         return made(data, device="cpu", **kwargs).to(device or "cpu")
 
+    def autocast_anywhere(device_type: str, **kwargs: Any) -> Any:
+        return contextlib.nullcontext() if device_type == DEVICE.type else autocast(device_type, **kwargs)
+
     patch.setattr(torch, "tensor", tensor)
+    patch.setattr(torch, "autocast", autocast_anywhere)
+    patch.setattr(torch.cuda, "device", current_device)
     patch.setattr(GridExecutor, "__call__", launch_here)
+    for module in (launch, triton_available):
+        patch.setattr(module, "GPU", DEVICE.type)
     for module in (launch, storage):
         patch.setattr(module, "default_device", lambda: DEVICE)
     device = SimulatedDevice()
     with device:
         yield device
+
+
+def put_on_device(module: nn.Module) -> nn.Module:
+    """Move parameters and buffers, as `module.to(DEVICE)` on a GPU would."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.detach().to(DEVICE), parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.to(DEVICE)
+    return module

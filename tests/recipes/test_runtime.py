@@ -101,3 +101,18 @@ def test_warnings_of_grzoo_are_one_line_and_others_are_as_python_shows_them(monk
     assert [warnings.formatwarning("so", UserWarning, file, 3) for file in own] == ["warning  so\n"] * 2
     assert "other.py:3: UserWarning: so" in warnings.formatwarning("so", UserWarning, "other.py", 3)
     assert "DeprecationWarning" in warnings.formatwarning("so", DeprecationWarning, runtime_module.__file__, 3)
+
+
+def test_mpi_without_its_package_is_told(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    without = "import sys; sys.modules['mpi4py'] = None; sys.argv = ['script', 'fine']; import runpy; "
+    found = subprocess.run(
+        [sys.executable, "-c", f"{without}runpy.run_path({str(script)!r}, run_name='__main__')"],
+        env=environment | {"OMPI_COMM_WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 2 and "install mpi4py, or start with `deepspeed`" in found.stderr, found.stderr

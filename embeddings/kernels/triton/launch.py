@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+GPU = "cuda"  # torch's name of NVIDIA's and AMD's alike
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton was imported
 # A program costs the same time whatever its size when it is interpreted: larger ones there.
 WIDER = 16 if INTERPRETED else 1
@@ -23,12 +24,12 @@ def default_device() -> torch.device | None:
 
 def runs_on(tensor: Tensor) -> bool:
     """Whether kernels can be launched on a tensor where it is."""
-    return tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu")
+    return tensor.device.type == GPU or (INTERPRETED and tensor.device.type == "cpu")
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the current one: Triton launches there and not where the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return torch.cuda.device(device) if device.type == GPU else contextlib.nullcontext()
 
 
 def blocks(n: int, block: int) -> tuple[int]:

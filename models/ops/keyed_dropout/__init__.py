@@ -2,7 +2,7 @@
 
 import torch
 from grzoo.models.ops.host import available
-from grzoo.models.ops.triton_available import has_triton
+from grzoo.models.ops.triton_available import takes_triton
 from torch import Tensor
 
 from .eager import keyed_dropout_eager
@@ -15,7 +15,7 @@ def keyed_dropout(x: Tensor, p: float, token_keys: Tensor, site: int) -> Tensor:
     function = keyed_dropout_eager
     if x.device.type == "cpu" and x.dtype == torch.float32 and available():
         function = keyed_dropout_host
-    elif x.device.type == "cuda" and x.dtype != torch.float64 and has_triton():
+    elif x.dtype != torch.float64 and takes_triton(x):
         from .triton import keyed_dropout_triton as function
     return function(x, p, token_keys, site)
 

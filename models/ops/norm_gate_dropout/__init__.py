@@ -2,7 +2,7 @@
 
 import torch
 from grzoo.models.ops.host import available
-from grzoo.models.ops.triton_available import has_triton
+from grzoo.models.ops.triton_available import takes_triton
 from torch import Tensor
 
 from .eager import norm_gate_dropout_eager
@@ -20,7 +20,7 @@ def norm_gate_dropout(
     function = norm_gate_dropout_eager
     if x.device.type == "cpu" and x.dtype == gate.dtype == torch.float32 and available():
         function = norm_gate_dropout_host
-    elif x.device.type == "cuda" and x.dtype != torch.float64 and has_triton():
+    elif x.dtype != torch.float64 and takes_triton(x):
         from .triton import norm_gate_dropout_triton as function
     return function(x, gate, eps=eps, p=p, token_keys=token_keys, site=site)
 

@@ -2,7 +2,7 @@
 
 import torch
 from grzoo.models.ops.host import available
-from grzoo.models.ops.triton_available import has_triton
+from grzoo.models.ops.triton_available import takes_triton
 from torch import Tensor
 
 from .host import sampled_softmax_loss_host
@@ -30,7 +30,7 @@ def sampled_softmax_loss(
             query, rows, positive_index, negative_index, accidental, temperature=temperature
         )
     with torch.autocast(query.device.type, enabled=False):
-        if own_negatives and query.device.type == "cuda" and dtype == torch.float32 and normalize and has_triton():
+        if own_negatives and dtype == torch.float32 and takes_triton(query):
             from .triton import sampled_softmax_loss_triton
 
             return sampled_softmax_loss_triton(

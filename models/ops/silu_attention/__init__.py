@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from grzoo.models.ops.host import available
-from grzoo.models.ops.triton_available import has_triton
+from grzoo.models.ops.triton_available import takes_triton
 from grzoo.models.packing import JaggedLayout
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def silu_attention_auto(
     if query.dtype != torch.float64:
         if query.device.type == "cpu" and available():
             function = silu_attention_host
-        elif query.device.type == "cuda" and has_triton():
+        elif takes_triton(query):
             function = silu_attention_triton
     return function(query, key, value, layout, visibility, divisors=divisors, scale=scale)
 
