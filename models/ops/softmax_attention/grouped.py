@@ -58,7 +58,7 @@ def _plan(layout: JaggedLayout) -> _Plan:
         limit = _GROUP_TOKENS.get(starts.device.type, _DEVICE_GROUP_TOKENS)
         shapes, tokens = [], [starts.new_empty(0)]
         for members in group_lengths(layout.lengths, max_area=limit, block_rows=1):
-            number = torch.tensor(members, device=starts.device)
+            number = torch.tensor(members).to(starts.device, non_blocking=True)
             length = layout.lengths[members[0]]
             token = starts[number].unsqueeze(1) + torch.arange(length, device=starts.device)
             tokens.append(torch.where(token < starts[number + 1].unsqueeze(1), token, layout.num_tokens).flatten())
