@@ -1,6 +1,6 @@
 """Every model on a device equals the same in host memory. Run by test_device.py under Triton's interpreter.
 
-The simulated device (tests/embeddings/simulated_device.py) refuses what a GPU would, and counts what the host waits for.
+The simulated device (tests/embeddings/simulated_device.py) refuses what a GPU would, and counts the waits of the host.
 """
 
 import sys
@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "dlrm-hstu": (DLRMHSTUForRanking, DLRMHSTUConfig, {}),
     "mtgr": (MTGRForRanking, MTGRConfig, {}),
 }
-# What the host waits for in the forward pass of a micro-batch: starts of sequences, checks of times, trained places, ...
+# Waits of the host in the forward pass of a micro-batch: starts of sequences, checks of times, trained places, ...
 WAITS = {
     "hstu uniform": 4,
     "hstu shared": 4,
