@@ -97,6 +97,7 @@ def initialize(
         collate_fn=collate_fn,
     )
     _check_scheduler(scheduler, zero_optimizer)
+    _check_device(collection, torch.device(deepspeed_engine.device))
     _join_group(collection, process_group, deepspeed_engine, world_size)
     sparse = build_sparse_optimizer(sparse_optimizer, collection)
     engine = GenRecEngine(
@@ -123,6 +124,16 @@ def _check_scheduler(scheduler: Any, zero_optimizer: Any) -> None:
             f"{type(scheduler).__name__} would not reach the dense optimizer, which DeepSpeed has replaced under ZeRO: "
             'use the "scheduler" section of the configuration, or AdamW instead of Adagrad'
         )
+
+
+def _check_device(collection: DynamicEmbeddingCollection, device: torch.device) -> None:
+    """Tables that hold rows already must be on the GPU of this rank: those of all ranks would fill the first one."""
+    for table in collection.physical:
+        if len(table) and table.device.type != "cpu" and table.device != device:
+            raise ValueError(
+                f"tables {[config.name for config in table.configs]} are on {table.device} and this rank trains on "
+                f"{device}: call torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before rows are loaded"
+            )
 
 
 def _join_group(

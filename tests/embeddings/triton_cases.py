@@ -581,3 +581,14 @@ def test_s8_s17_policies_keep_the_rows_that_they_keep_of_naive_tables(kind: dict
     assert policy_table.candidates(triton) == policy_table.candidates(naive) != {}
     found, expected = triton.drain_evicted("a"), naive.drain_evicted("a")
     assert found.ids.tolist() == expected.ids.tolist() != [] and torch.equal(found.steps, expected.steps)
+
+
+def test_the_norm_of_gradients_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grzoo.embeddings.kernels import triton as backend
+
+    monkeypatch.setattr(backend, "_NORM_ELEMENTS", 7)
+    for values in (torch.randn(5, 3), torch.empty(0, 3), torch.full((4, 4), 1e25)):
+        found = backend.TritonBackend().squared_norm(values)
+        assert isinstance(found, torch.Tensor) and found.dtype == torch.float64 and found.ndim == 0
+        torch.testing.assert_close(found, values.double().square().sum(), rtol=1e-14, atol=0.0)
+    assert not backend.TritonBackend().squared_norm(torch.tensor([[1.0] * 9, [torch.nan] * 9])).isfinite()

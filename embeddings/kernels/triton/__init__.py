@@ -8,6 +8,8 @@ from torch import Tensor
 
 __all__ = ["TritonBackend", "load"]
 
+_NORM_ELEMENTS = 1 << 24
+
 
 class TritonBackend(Backend):
     """Tables on the current CUDA or HIP device, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1)."""
@@ -35,7 +37,9 @@ class TritonBackend(Backend):
         return unique(ids, tables)
 
     def squared_norm(self, values: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(values, dtype=torch.float64).square()  # without a copy in float64
+        # A GPU makes a copy in float64 first: of a part at a time.
+        parts = values.flatten().split(_NORM_ELEMENTS)
+        return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]).sum()
 
     def segment_sum(self, values: Tensor, index: Tensor, num_segments: int, out: Tensor | None = None) -> Tensor:
         from .functions import segment_sum

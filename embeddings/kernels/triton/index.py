@@ -107,7 +107,9 @@ class KeyIndex:
     def keys(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return tables int32 [n], ids int64 [n] and rows int64 [n] of all keys, ordered by row."""
         taken = self.records[self.records[:, 1] >= 0]
-        rows = taken[:, 1] & 0xFFFFFFFF
-        order = torch.argsort(rows)
-        taken = taken[order]
-        return (taken[:, 1] >> 32).to(torch.int32), taken[:, 0].contiguous(), rows[order]
+        # The key of each row that was ever given, which takes half the memory of sorting.
+        place = torch.full((self.used,), -1, dtype=torch.int64, device=self.device)
+        place[taken[:, 1] & 0xFFFFFFFF] = torch.arange(len(taken), dtype=torch.int64, device=self.device)
+        rows = (place >= 0).nonzero().flatten()
+        taken = taken[place[rows]]
+        return (taken[:, 1] >> 32).to(torch.int32), taken[:, 0].contiguous(), rows
