@@ -44,6 +44,10 @@ def test_nothing_spills(reports: list[dict[str, str]]) -> None:
     assert all(0 < int(r["registers"]) <= 128 for r in reports if r["registers"] != "-1")
 
 
+def test_shared_memory_is_there_on_every_target(reports: list[dict[str, str]]) -> None:
+    assert all(int(r["shared_bytes"]) <= 64 << 10 for r in reports), "what a MI300 has, which is the least"
+
+
 def test_rows_and_records_move_sixteen_bytes_at_a_time(reports: list[dict[str, str]]) -> None:
     assert [r for r in reports if r["kernel"] in WIDE_LOADS and r["load_bytes"] != "16"] == []
     assert [r for r in reports if r["kernel"] in WIDE_STORES and r["store_bytes"] != "16"] == []
