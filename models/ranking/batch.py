@@ -65,6 +65,7 @@ class RankingBatch:
     user_keys: Tensor | None = None
 
     @classmethod
+    @torch.compiler.disable  # checks that the host reads; inductor fails on what is between them
     def from_fields(cls, given: Mapping[str, Any], config: RankingConfig) -> "RankingBatch":
         """Check and pack the fields of `GenRecForRanking.forward`, which describes them.
 

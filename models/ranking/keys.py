@@ -7,6 +7,7 @@ from torch import Tensor
 from .batch import RankingBatch
 
 
+@torch.compiler.disable  # inductor's 64-bit products are other ones
 def dropout_keys(batch: RankingBatch, num_user_tokens: int) -> Tensor | None:
     """int64 [B P + T + C]: keys of profile tokens, events and candidates; None where the batch holds none."""
     if batch.token_keys is None or batch.candidate_keys is None or batch.user_keys is None:

@@ -6,7 +6,20 @@ import warnings
 
 import pytest
 import torch
-from grzoo.models import MTGRConfig, MTGRForRanking
+from grzoo.models import (
+    DLRMConfig,
+    DLRMForRanking,
+    DLRMHSTUConfig,
+    DLRMHSTUForRanking,
+    MTGRConfig,
+    MTGRForRanking,
+)
+
+RANKING = {
+    "mtgr": (MTGRForRanking, MTGRConfig),
+    "dlrm_hstu": (DLRMHSTUForRanking, DLRMHSTUConfig),
+    "dlrm": (DLRMForRanking, DLRMConfig),
+}
 
 HISTORY = torch.tensor([[3, 4, 5, 6], [9, 8, 0, 0]])
 FIELDS = {"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), "timestamps": HISTORY.cumsum(1)}
@@ -43,7 +56,7 @@ def test_a_compiled_hstu_takes_the_same_steps(attention, micro_model, batches):
     model.set_attn_implementation(attention)
     want = [batches.by_id(model, [batch]) for batch in batches_of_steps]
     torch.compiler.reset()
-    model.compile(backend="eager")
+    model.compile()
     for batch, result in zip(batches_of_steps, want, strict=True):
         batches.assert_same(batches.by_id(model, [batch]), result)
     model(**batches_of_steps[0]).loss.backward()  # looks the rows up itself
@@ -54,17 +67,21 @@ def test_a_compiled_sasrec_takes_the_same_steps(micro_sasrec, batches):
     model, batch = micro_sasrec(), batches.make_batch([3, 5])
     want = batches.by_id(model, [batch])
     torch.compiler.reset()
-    model.compile(backend="eager")
+    model.compile()
     batches.assert_same(batches.by_id(model, [batch]), want)
 
 
 @pytest.mark.slow
-def test_a_compiled_mtgr_takes_the_same_steps(ranking_model, ranking):
-    model, batch = ranking_model(MTGRForRanking, MTGRConfig), ranking.make_ranking_batch([5, 3], [2, 1])
-    model.set_attn_implementation("eager")
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+@pytest.mark.parametrize("kind", RANKING)
+def test_a_compiled_ranking_model_takes_the_same_steps(kind, attention, ranking_model, ranking):
+    model, batch = ranking_model(*RANKING[kind]), ranking.make_ranking_batch([5, 3], [2, 1])
+    if kind == "dlrm" and attention == "eager":
+        pytest.skip("no attention")
+    model.set_attn_implementation(attention)
     want = ranking.ranking_step(model, [batch])
     torch.compiler.reset()
-    model.compile(backend="eager")
+    model.compile()
     ranking.assert_same_step(ranking.ranking_step(model, [batch]), want)
 
 
