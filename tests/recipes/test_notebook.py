@@ -14,12 +14,18 @@ def printed(cell) -> str:
     return "".join("".join(output.get("text", "")) for output in cell["outputs"])
 
 
+def best(cell) -> str:
+    """The first item of a list of scores that a cell printed, whatever warnings stand before it."""
+    match = re.search(r"^\s*0\.\d+\s+(\S+)", printed(cell), re.MULTILINE)
+    return match[1] if match else ""
+
+
 def test_the_stored_outputs_are_whole_and_name_no_machine():
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert not [cell for cell in cells if any(output["output_type"] == "error" for output in cell["outputs"])]
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|usr|Users)\b", "".join(map(printed, cells)))
-    assert "tea-06" in printed(cells[-2]).splitlines()[0]
+    assert best(cells[-2]) == "tea-06"
 
 
 @pytest.mark.slow
@@ -29,5 +35,5 @@ def test_the_notebook_runs(tmp_path):
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "ndcg@10" in printed(cells[2])
-    assert "tea-06" in printed(cells[-2]).splitlines()[0], printed(cells[-2])
+    assert best(cells[-2]) == "tea-06", printed(cells[-2])
     assert "wine-02" in printed(cells[-1]) or "bread-08" in printed(cells[-1])
