@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object a line, the single source of the report, the plots and the tracker."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -98,9 +99,13 @@ def _json_value(value: Any) -> Any:
     return value
 
 
+def check_tracker(report_to: str) -> None:
+    """Raises UserError, on every rank and before any work, for a tracker that is not installed."""
+    if report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--report_to tensorboard needs the tensorboard package: pip install tensorboard")
+
+
 def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--report_to tensorboard needs the tensorboard package: pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder))

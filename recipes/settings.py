@@ -15,6 +15,7 @@ from .arguments import (
     TrainingArguments,
 )
 from .dataset_folder import RECIPE_OWNED
+from .metrics_log import check_tracker
 from .parsing import parse
 from .runtime import UserError
 
@@ -51,6 +52,7 @@ _NOT_NEGATIVE = (
     "num_recent",
     "dataloader_num_workers",
 )
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
 _ABOUT = (
@@ -93,6 +95,7 @@ def read_settings(argv: Sequence[str], *more: type) -> Settings:
     check_numbers(values)
     if not settings.training.output_dir:
         raise UserError("give --output_dir, the folder for metrics, checkpoints and the export")
+    check_tracker(settings.training.report_to)
     _check_sparse(settings.optimizer)
     return settings
 
@@ -108,6 +111,10 @@ def check_numbers(groups: Sequence[Any]) -> None:
             value = getattr(group, name, None)
             if value is not None and not value >= 0:
                 raise UserError(f"--{name} must not be negative, got {value}")
+        for name in _BELOW_ONE:
+            value = getattr(group, name, None)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"--{name} must be at least 0 and below 1, got {value}")
         cutoffs = getattr(group, "top_k", 1)
         if min(cutoffs if isinstance(cutoffs, list) else [cutoffs]) < 1:
             raise UserError(f"--top_k takes numbers from 1, got {cutoffs}")

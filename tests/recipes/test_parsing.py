@@ -117,11 +117,19 @@ def test_help_names_every_setting_of_the_data(capsys):
         ("learning_rate", "nan"),
         ("max_candidates", "0"),
         ("top_k", "0"),
+        ("adam_beta1", "1.0"),
+        ("adam_beta2", "-0.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(flag, value):
     with pytest.raises(UserError, match=f"--{flag} .*{value}"):
         read_settings(["--output_dir", "x", f"--{flag}", value])
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--report_to tensorboard needs the tensorboard package"):
+        read_settings(["--output_dir", "x", "--report_to", "tensorboard"])
 
 
 @pytest.mark.parametrize(
