@@ -1,16 +1,18 @@
 """Labels of ranking tasks by split: a model learns the share of ones that it is shown."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from grzoo.data.jagged import ranges
+from numpy.typing import NDArray
 
 from .log import GroupedLog
 from .splits import Split, SplitRows
 
 Shares = Mapping[str, Mapping[str, Mapping[str, float]]]  # task -> split -> "known" of the targets, "ones" of the known
 
-_FAR = 0.2  # between the shares of ones of two splits that both have all their labels
+_FAR = 0.2  # between the shares of ones of two splits: more than a log drifts
 
 
 def label_shares(grouped: GroupedLog, split: Split) -> Shares:
@@ -25,11 +27,11 @@ def _shares(grouped: GroupedLog, task: str, rows: SplitRows) -> dict[str, float]
     first, counts = grouped.offsets[rows.user] + rows.target_from, np.maximum(rows.length - rows.target_from, 0)
     labels = grouped.columns[task][ranges(first, counts)]
     known = labels[labels >= 0]
-    return {"known": _mean(labels >= 0), "ones": _mean(known)}
+    return {"known": _mean(labels >= 0, of_none=1.0), "ones": _mean(known, of_none=0.0)}
 
 
-def _mean(values: np.ndarray) -> float:
-    return round(float(values.mean()), 4) if len(values) else 0.0
+def _mean(values: NDArray[Any], of_none: float) -> float:
+    return round(float(values.mean()), 4) if len(values) else of_none
 
 
 def label_lines(shares: Shares) -> list[str]:
@@ -49,11 +51,9 @@ def label_remarks(shares: Shares) -> list[str]:
     """What would make a model's probabilities wrong: labels that are known for a choice of the events."""
     remarks = []
     for task, by_split in shares.items():
+        is_complete = all(of_split["known"] == 1 for of_split in by_split.values())
         ones = [of_split["ones"] for of_split in by_split.values() if of_split["known"] > 0]
-        if (
-            all(of_split["known"] == 1 for of_split in by_split.values())
-            or max(ones, default=0) - min(ones, default=0) < _FAR
-        ):
+        if is_complete or max(ones, default=0) - min(ones, default=0) < _FAR:
             continue
         remarks.append(
             f"the known labels of {task} are ones in {min(ones):.1%} to {max(ones):.1%} of the targets, by split: "

@@ -50,3 +50,9 @@ def test_labels_missing_at_random_are_told_and_not_remarked(tmp_path):
 def test_a_log_without_ranking_has_no_labels(tmp_path):
     report = prepare_log(make_log(np.ones(200)), PrepareConfig(name="x", output_dir=tmp_path / "out", **OPTIONS))
     assert "labels" not in report.statistics
+
+
+def test_complete_labels_are_not_remarked_whatever_their_shares(tmp_path):
+    report = report_of(np.where(np.arange(200) < 160, 5.0, 1.0), tmp_path)
+    assert report.statistics["labels"]["like"]["train"]["ones"] > report.statistics["labels"]["like"]["test"]["ones"]
+    assert not any("known labels" in line for line in report.remarks)

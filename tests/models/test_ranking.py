@@ -241,3 +241,17 @@ def test_num_recent_of_the_config_is_the_default(later, model, ranking):
     assert RankingBatch.from_fields({**without, **all_recent}, model.config).is_recent.all()
     model.config.num_recent = None
     assert RankingBatch.from_fields(without, model.config).is_recent.all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [("mtgr", "auto"), ("mtgr", "eager"), ("dlrm_hstu", "auto"), ("dlrm_hstu", "eager"), ("dlrm", "auto")],
+)
+def test_a_compiled_ranking_model_takes_the_same_steps(kind, attention, ranking_model, ranking):
+    model, batch = ranking_model(*MODELS[kind]), ranking.make_ranking_batch([5, 3], [2, 1])
+    model.set_attn_implementation(attention)
+    want = ranking.ranking_step(model, [batch])
+    torch.compiler.reset()
+    model.compile()
+    ranking.assert_same_step(ranking.ranking_step(model, [batch]), want)

@@ -6,20 +6,7 @@ import warnings
 
 import pytest
 import torch
-from grzoo.models import (
-    DLRMConfig,
-    DLRMForRanking,
-    DLRMHSTUConfig,
-    DLRMHSTUForRanking,
-    MTGRConfig,
-    MTGRForRanking,
-)
-
-RANKING = {
-    "mtgr": (MTGRForRanking, MTGRConfig),
-    "dlrm_hstu": (DLRMHSTUForRanking, DLRMHSTUConfig),
-    "dlrm": (DLRMForRanking, DLRMConfig),
-}
+from grzoo.models import MTGRConfig, MTGRForRanking
 
 HISTORY = torch.tensor([[3, 4, 5, 6], [9, 8, 0, 0]])
 FIELDS = {"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), "timestamps": HISTORY.cumsum(1)}
@@ -69,20 +56,6 @@ def test_a_compiled_sasrec_takes_the_same_steps(micro_sasrec, batches):
     torch.compiler.reset()
     model.compile()
     batches.assert_same(batches.by_id(model, [batch]), want)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "attention"),
-    [("mtgr", "auto"), ("mtgr", "eager"), ("dlrm_hstu", "auto"), ("dlrm_hstu", "eager"), ("dlrm", "auto")],
-)
-def test_a_compiled_ranking_model_takes_the_same_steps(kind, attention, ranking_model, ranking):
-    model, batch = ranking_model(*RANKING[kind]), ranking.make_ranking_batch([5, 3], [2, 1])
-    model.set_attn_implementation(attention)
-    want = ranking.ranking_step(model, [batch])
-    torch.compiler.reset()
-    model.compile()
-    ranking.assert_same_step(ranking.ranking_step(model, [batch]), want)
 
 
 def test_exporting_is_refused_in_words(build, ranking_model, ranking):
